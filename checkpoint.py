@@ -1,0 +1,337 @@
+"""Read any supported checkpoint; write self-describing safetensors.
+
+In: a Hugging Face directory as downloaded, or one of our own files. Out: one safetensors file whose
+header says everything needed to run it: the model's shape, the mode, the format of each layer.
+A file's name carries no meaning, nothing is ever unpickled, and a checkpoint is untrusted: its
+header, shapes and dtypes are checked before anything of its size is allocated.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from errors import UserError
+from kernels import FORMATS, QuantizedLinear
+from model import ModelConfig, Transformer
+
+VERSION = 1
+METADATA_KEY = "flatllama"  # our header, JSON, in the safetensors metadata
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
+    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+# Our fused weights and the Hugging Face tensors whose rows they stack.
+HF_BLOCK = {
+    "attention_norm": ["input_layernorm"],
+    "attention.wqkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attention.wo": ["self_attn.o_proj"],
+    "ffn_norm": ["post_attention_layernorm"],
+    "feed_forward.w13": ["mlp.gate_proj", "mlp.up_proj"],
+    "feed_forward.w2": ["mlp.down_proj"],
+}
+HF_TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+
+
+def hf_names(name: str) -> list[str]:
+    """Hugging Face names of the tensors stacked in ours: layers.0.attention.wqkv.weight -> 3."""
+    module, _, kind = name.rpartition(".")
+    if module in HF_TOP:
+        return [f"{HF_TOP[module]}.{kind}"]
+    _, index, part = module.split(".", 2)
+    return [f"model.layers.{index}.{hf}.{kind}" for hf in HF_BLOCK[part]]
+
+
+def config_from_hf(hf: dict) -> ModelConfig:
+    """ModelConfig from the contents of a Hugging Face config.json."""
+    family = hf.get("model_type")
+    if family not in ("llama", "mistral", "qwen2"):
+        raise UserError(f"model_type {family!r} in config.json: only llama, mistral and qwen2 work")
+    if hf.get("sliding_window") and hf.get("use_sliding_window", family == "mistral"):
+        raise UserError("config.json asks for sliding-window attention, which is not supported")
+    if hf.get("hidden_act", "silu") != "silu":
+        raise UserError(f"hidden_act {hf['hidden_act']!r} in config.json: only silu is supported")
+    rope = hf.get("rope_parameters") or {}
+    scaling = hf.get("rope_scaling") or (rope if rope.get("rope_type") else None)
+    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UserError(f"rope scaling {kind!r} in config.json: only llama3 is supported")
+    heads = hf["num_attention_heads"]
+    return ModelConfig(
+        dim=hf["hidden_size"],
+        n_layers=hf["num_hidden_layers"],
+        n_heads=heads,
+        n_kv_heads=hf.get("num_key_value_heads") or heads,
+        ffn_dim=hf["intermediate_size"],
+        vocab_size=hf["vocab_size"],
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta", 10000.0)),
+        rope_scaling=None if kind == "default" else (
+            scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"],
+            scaling["original_max_position_embeddings"],
+        ),
+        max_positions=hf.get("max_position_embeddings", 2048),
+        tied_head=hf.get("tie_word_embeddings", False),
+        attention_bias=family == "qwen2" or hf.get("attention_bias", False),
+        output_bias=family != "qwen2" and hf.get("attention_bias", False),
+        ffn_bias=hf.get("mlp_bias", False),
+    )  # fmt: skip
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file, or a UserError that names it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return value
+
+
+@dataclass
+class Checkpoint:
+    """An opened checkpoint: its shape and where each tensor lies. Tensors are read when asked for.
+
+    Attributes:
+        directory: where the tokenizer files are.
+        header: of a file of ours (mode, groupsize, algorithm, layers); {} for a source model.
+        files: the safetensors file that holds each stored tensor.
+    """
+
+    path: Path
+    directory: Path
+    config: ModelConfig
+    header: dict
+    files: dict[str, Path]
+
+    def stored(self, name: str) -> list[str]:
+        """The stored tensors that our tensor `name` stacks."""
+        return [name] if self.header else hf_names(name)
+
+    def spec(self, name: str) -> tuple[torch.dtype, list[int]]:
+        """dtype and shape of our tensor `name`, from the file's header alone."""
+        dtypes, shapes = [], []
+        for part in self.stored(name):
+            if part not in self.files:
+                raise UserError(f"{self.path} has no tensor {part!r}: incomplete or another model")
+            with safe_open(self.files[part], "pt") as f:
+                view = f.get_slice(part)
+                dtypes.append(view.get_dtype())
+                shapes.append(view.get_shape())
+        if len(set(dtypes)) > 1 or len({tuple(s[1:]) for s in shapes}) > 1:
+            raise UserError(f"{self.path}: the parts of {name} have different dtypes or widths")
+        if dtypes[0] not in DTYPES:
+            raise UserError(f"{self.path}: dtype {dtypes[0]} of {name} is not supported")
+        rows = [sum(s[0] for s in shapes)] if shapes[0] else []
+        return DTYPES[dtypes[0]], rows + shapes[0][1:]
+
+    def tensor(self, name: str, rows: list[slice] | None = None) -> Tensor:
+        """Our tensor `name`, in memory of its own; of its stored parts only `rows`, one each."""
+        parts = []
+        for i, part in enumerate(self.stored(name)):
+            # Opened anew each time: a mapping kept open would count every page ever read.
+            with safe_open(self.files[part], "pt") as f:
+                parts.append(f.get_tensor(part) if rows is None else f.get_slice(part)[rows[i]])
+                if len(self.stored(name)) == 1:
+                    parts[0] = parts[0].clone()
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the unquantized weights."""
+        return self.spec("tok_embeddings.weight")[0]
+
+
+def _names(path: Path) -> tuple[list[str], dict[str, str]]:
+    """Tensor names and metadata of a safetensors file; its offsets are checked by the library."""
+    try:
+        with safe_open(path, "pt") as f:
+            return list(f.keys()), f.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or no safetensors file ({error})") from None
+
+
+def _open_directory(path: Path) -> Checkpoint:
+    config_path, index = path / "config.json", path / "model.safetensors.index.json"
+    if not config_path.exists():
+        raise UserError(f"{path} has no config.json: give a Hugging Face directory")
+    try:
+        config = config_from_hf(read_json(config_path))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{config_path}: missing or malformed entry ({error})") from None
+    if index.exists():
+        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        if any(Path(shard).name != shard for shard in shards):
+            raise UserError(f"{index} points outside its directory")
+    else:
+        shards = ["model.safetensors"]
+    files = {}
+    for shard in shards:
+        if not (path / shard).exists():
+            raise UserError(f"{path} has no {shard}: the download is incomplete")
+        files |= dict.fromkeys(_names(path / shard)[0], path / shard)
+    return Checkpoint(path, path, config, {}, files)
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Open a Hugging Face directory, or a safetensors file of ours, without reading its tensors."""
+    path = Path(path)
+    if path.is_dir():
+        return _open_directory(path)
+    if not path.exists():
+        raise UserError(f"no checkpoint at {path}: give a directory or a .safetensors file")
+    names, metadata = _names(path)
+    if METADATA_KEY not in metadata:
+        return _open_directory(path.parent)
+    try:
+        header = json.loads(metadata[METADATA_KEY])
+        if header["version"] > VERSION:
+            raise UserError(f"{path} was written by a newer version; update flatllama")
+        config = ModelConfig.from_dict(header["config"])
+        for settings in header["layers"].values():
+            if settings["format"] not in FORMATS:
+                raise UserError(f"{path} uses the unknown format {settings['format']!r}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: malformed header ({error!r})") from None
+    return Checkpoint(path, path.parent, config, header, dict.fromkeys(names, path))
+
+
+def build_model(config: ModelConfig, layers: dict[str, dict], dtype: torch.dtype) -> Transformer:
+    """A Transformer on the meta device, with the quantized layers that a header lists."""
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+        for name, settings in layers.items():
+            try:
+                old = model.get_submodule(name)
+                rest = {k: v for k, v in settings.items() if k != "format"}
+                shape = (old.in_features, old.out_features)
+                new = FORMATS[settings["format"]](
+                    *shape, bias=old.bias is not None, dtype=dtype, **rest
+                )
+            except (AttributeError, TypeError, ValueError) as error:
+                raise UserError(f"malformed header: layer {name!r} ({error})") from None
+            model.set_submodule(name, new)
+    return model
+
+
+def check_specs(checkpoint: Checkpoint, model: Transformer, names: Iterable[str]) -> None:
+    """Compare the stored shapes and dtypes with the model's, before anything is allocated."""
+    expected = model.state_dict()
+    for name in names:
+        dtype, shape = checkpoint.spec(name)
+        want = expected[name]
+        same = dtype == want.dtype or {dtype, want.dtype} <= set(FLOATS)
+        if shape != list(want.shape) or not same:
+            raise UserError(
+                f"{checkpoint.path}: {name} is {dtype} {shape}, "
+                f"but its header or config.json says {want.dtype} {list(want.shape)}"
+            )
+
+
+def tensor_names(model: Transformer) -> list[str]:
+    """Names in the state dict that a checkpoint stores: a tied head is stored once."""
+    tied = isinstance(model.output, torch.nn.Linear) and model.config.tied_head
+    return [n for n in model.state_dict() if not (tied and n == "output.weight")]
+
+
+def load_model(
+    checkpoint: Checkpoint, device: str = "cpu", dtype: torch.dtype | None = None
+) -> Transformer:
+    """The model of a checkpoint, ready to run, its weights repacked for `device`.
+
+    `dtype` converts what is not quantized, and so the activations; None keeps the checkpoint's.
+    """
+    stored_dtype = checkpoint.dtype
+    model = build_model(checkpoint.config, checkpoint.header.get("layers", {}), stored_dtype)
+    names = tensor_names(model)
+    check_specs(checkpoint, model, names)
+    for name in names:
+        module_name, _, attribute = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        tensor = checkpoint.tensor(name)
+        if isinstance(module, QuantizedLinear):
+            setattr(module, attribute, tensor.to(device))
+        else:
+            tensor = tensor.to(device=device, dtype=dtype or stored_dtype)
+            setattr(module, attribute, torch.nn.Parameter(tensor, requires_grad=False))
+    if "output.weight" not in names and isinstance(model.output, torch.nn.Linear):
+        model.output.weight = model.tok_embeddings.weight
+    repack(model)
+    return model.eval()
+
+
+def repack(model: torch.nn.Module) -> None:
+    """Turn every quantized layer's weight into the layout of its device's kernel, one by one."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.repack()
+
+
+class Writer:
+    """Writes one safetensors file tensor by tensor, in any order, never holding the file.
+
+    The bytes go to a temporary name beside the target, are fsynced, and get the final name at the
+    very end: a killed run leaves no half file under it. Use as a context manager.
+    """
+
+    def __init__(self, path: Path, specs: dict[str, tuple[torch.dtype, list[int]]], header: dict):
+        self.path = Path(path)
+        entries, offset = {"__metadata__": {METADATA_KEY: json.dumps(header), "format": "pt"}}, 0
+        for name, (dtype, shape) in specs.items():
+            size = torch.Size(shape).numel() * dtype.itemsize
+            entries[name] = {
+                "dtype": DTYPE_NAMES[dtype], "shape": list(shape),
+                "data_offsets": [offset, offset + size],
+            }  # fmt: skip
+            offset += size
+        text = json.dumps(entries).encode()
+        text += b" " * (-len(text) % 8)
+        self.entries, self.start, self.end = entries, 8 + len(text), 8 + len(text) + offset
+        self.unwritten = {name: (shape or [1])[0] for name, (_, shape) in specs.items()}
+        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        try:
+            self.file = open(self.temporary, "wb")  # noqa: SIM115 (closed in __exit__)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
+        self.file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
+        """Write one tensor, or the rows of it that begin at `row`, as announced."""
+        entry, shape = self.entries[name], list(tensor.shape)
+        rows, total = (shape[0], entry["shape"][0]) if shape else (1, 1)
+        if DTYPE_NAMES[tensor.dtype] != entry["dtype"] or shape[1:] != entry["shape"][1:]:
+            raise ValueError(f"{name} is {tensor.dtype} {shape}, announced {entry}")
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        self.file.seek(self.start + entry["data_offsets"][0] + row * (flat.numel() // max(rows, 1)))
+        self.file.write(memoryview(flat.numpy()))
+        self.unwritten[name] -= rows
+        if not 0 <= self.unwritten[name] <= total:
+            raise ValueError(f"{name}: more rows written than announced")
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if kind is None:
+                if missing := [name for name, rows in self.unwritten.items() if rows]:
+                    raise ValueError(f"tensors never written: {missing[:3]}")
+                self.file.flush()
+                os.fsync(self.file.fileno())
+            self.file.close()
+            if kind is None:
+                os.replace(self.temporary, self.path)
+        finally:
+            self.file.close()
+            self.temporary.unlink(missing_ok=True)

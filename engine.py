@@ -1,0 +1,297 @@
+"""The decode engine: bucketed prefill, one compiled step, sampling, stopping.
+
+A step goes from the embedding to the sampled token in one compiled graph of static shapes, so
+after warm-up nothing recompiles whatever the prompts' lengths: prompts run in chunks of a few
+bucket sizes, and positions are tensors. The host never waits inside the loop: it reads a step's
+token while the next step runs.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from errors import UserError
+from model import Transformer
+
+BUCKETS = (64, 128, 256, 512)  # a prompt runs in chunks of these sizes, padded on the right
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 filter nothing."""
+
+    temperature: float = 0.8
+    top_k: int = 200
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self):
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError("sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1")
+        if not 0 <= self.min_p <= 1:
+            raise UserError("sampling needs 0 <= min_p <= 1")
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """The filtered distribution: (p [B, n] unnormalized, their token ids [B, n] or None for all).
+
+    In order: temperature; the top_k largest; the smallest set whose probability reaches top_p
+    (nucleus, arXiv 1904.09751); tokens of at least min_p times the largest (arXiv 2407.01082).
+    """
+    logits, ids = logits.float() / sampling.temperature, None
+    if 0 < sampling.top_k < logits.shape[-1]:
+        logits, ids = logits.topk(sampling.top_k)
+    elif sampling.top_p < 1:
+        logits, ids = logits.sort(descending=True)
+    p = logits.softmax(-1)
+    if sampling.top_p < 1:
+        p = p.masked_fill(p.cumsum(-1) - p >= sampling.top_p, 0)
+    if sampling.min_p > 0:
+        p = p.masked_fill(p < sampling.min_p * p.amax(-1, keepdim=True), 0)
+    return p, ids
+
+
+def sample(logits: Tensor, u: Tensor, sampling: Sampling) -> Tensor:
+    """Draw a token per row. logits [B, V], u [B] uniform in [0, 1) -> int64 [B].
+
+    The inverse of the cumulative distribution at u, so that one number per row, drawn by the host's
+    seeded generator, decides the token in eager and in compiled code alike.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    p, ids = probabilities(logits, sampling)
+    cdf = p.cumsum(-1)
+    choice = (cdf <= u[:, None] * cdf[:, -1:]).sum(-1, keepdim=True)
+    choice = choice.clamp(max=p.shape[-1] - 1)
+    return (choice if ids is None else ids.gather(-1, choice))[:, 0]
+
+
+@dataclass
+class Result:
+    """What one call generated. Times in seconds; a step's time is that of one token per row."""
+
+    token_ids: list[list[int]]
+    prompt_tokens: int
+    time_to_first_token_s: float
+    step_s: list[float] = field(default_factory=list)
+
+
+class Clock:
+    """Marks moments without making the host wait: events on CUDA, the host's clock elsewhere."""
+
+    def __init__(self, device: torch.device):
+        self.cuda, self.marks = device.type == "cuda", []
+
+    def mark(self) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def intervals(self) -> list[float]:
+        """Seconds between neighbouring marks."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            pairs = zip(self.marks, self.marks[1:], strict=False)
+            return [a.elapsed_time(b) / 1e3 for a, b in pairs]
+        return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
+
+
+def bucket(length: int) -> int:
+    """The smallest bucket that holds `length` tokens, or the largest bucket."""
+    return next((b for b in BUCKETS if b >= length), BUCKETS[-1])
+
+
+def cache_length(tokens: int) -> int:
+    """Cache slots for a request of so many tokens in all: a whole number of smallest buckets."""
+    return -(-max(tokens, 1) // BUCKETS[0]) * BUCKETS[0]
+
+
+class Engine:
+    """A model with a cache of `length` slots for `batch` sequences, ready to generate.
+
+    Args:
+        compile_mode: None runs eagerly; otherwise torch.compile's mode for the decode step.
+        compile_prefill: compile the prefill of each bucket too.
+        kv_cache: "bf16" (the model's dtype) or "int8".
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        sampling: Sampling,
+        *,
+        batch: int = 1,
+        length: int = 2048,
+        kv_cache: str = "bf16",
+        compile_mode: str | None = None,
+        compile_prefill: bool = False,
+        seed: int = 0,
+    ):
+        if length > model.config.max_positions:
+            limit = model.config.max_positions
+            raise UserError(f"{length} tokens asked for, but the model's context is {limit}")
+        self.model, self.sampling, self.batch, self.length = model, sampling, batch, length
+        self.device = model.tok_embeddings.weight.device
+        self.slots = cache_length(length)
+        model.setup_cache(batch, self.slots, kv_cache)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.cached: list[int] = []  # the tokens whose keys and values row 0 of the cache holds
+        self.decode_step, self.prefill_step = self._decode_step, self._prefill_step
+        if compile_mode is not None:
+            self.decode_step = torch.compile(self._decode_step, mode=compile_mode, fullgraph=True)
+            if compile_prefill:
+                self.prefill_step = torch.compile(self._prefill_step, fullgraph=True, dynamic=False)
+
+    def _decode_step(self, token: Tensor, start: Tensor, u: Tensor) -> Tensor:
+        """token [B, 1] at positions start [B] -> the next token [B, 1]."""
+        logits = self.model(token, start)[:, -1]  # [B, V]
+        return sample(logits, u, self.sampling)[:, None]
+
+    def _prefill_step(self, tokens: Tensor, start: Tensor, last: Tensor) -> Tensor:
+        """A chunk [B, T] at positions start [B] -> logits [B, V] after its rows last[b]."""
+        return self.model(tokens, start, last)[:, -1]
+
+    def uniforms(self, steps: int) -> Tensor:
+        """[steps, B] numbers in [0, 1) for as many draws."""
+        return torch.rand(steps, self.batch, generator=self.generator).to(self.device)
+
+    def prefill(self, prompts: list[list[int]], first: int = 0) -> Tensor:
+        """Run the prompts from token `first` on (the cache holds the earlier ones).
+
+        Rows of different lengths are padded on the right; a padded row's slots are written again
+        before they are ever seen. Returns the logits [B, V] after each prompt's last token.
+        """
+        lengths = [len(p) for p in prompts]
+        end, logits, position = max(lengths), None, first
+        while position < end:
+            size = min(bucket(end - position), self.slots)
+            # A chunk that would run past the cache's end begins earlier and repeats some tokens.
+            begin = min(position, self.slots - size)
+            chunk = torch.zeros(len(prompts), size, dtype=torch.int64)
+            for row, prompt in zip(chunk, prompts, strict=True):
+                part = torch.tensor(prompt[begin : begin + size], dtype=torch.int64)
+                row[: len(part)] = part
+            last = torch.tensor([min(max(n - 1 - begin, 0), size - 1) for n in lengths])
+            here = torch.tensor([begin <= n - 1 < begin + size for n in lengths])
+            start = torch.full((len(prompts),), begin, dtype=torch.int64)
+            with torch.inference_mode():
+                chunk, start, last, here = (t.to(self.device) for t in (chunk, start, last, here))
+                new = self.prefill_step(chunk, start, last)
+                logits = new if logits is None else torch.where(here[:, None], new, logits)
+            position = begin + size
+        return logits
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        eos_ids: frozenset[int] | set[int] = frozenset(),
+        on_token: Callable[[list[int]], None] | None = None,
+    ) -> Result:
+        """Continue every prompt until its own end-of-sequence token or `max_new_tokens`.
+
+        Args:
+            prompts: as many as the engine's batch, each at least one token.
+            on_token: called with the newest token of each row as they come.
+
+        Returns:
+            Result; its token_ids hold the new tokens, the closing EOS left out.
+        """
+        self._check(prompts, max_new_tokens)
+        first = self._shared_prefix(prompts[0]) if self.batch == 1 else 0
+        outputs: list[list[int]] = [[] for _ in prompts]
+        done = [False] * len(prompts)
+
+        def take(token: Tensor) -> bool:
+            newest = token[:, 0].tolist()  # waits for the step before last, never for the last
+            for row, t in enumerate(newest):
+                done[row] |= t in eos_ids
+                if not done[row]:
+                    outputs[row].append(t)
+            if on_token and not all(done):
+                on_token(newest)
+            return all(done)
+
+        u = self.uniforms(max_new_tokens)
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            logits = self.prefill(prompts, first)
+            token = sample(logits, u[0], self.sampling)[:, None]
+            start = torch.tensor([len(p) for p in prompts], device=self.device)
+            token.tolist()
+            first_token_s = time.perf_counter() - begin
+            clock = Clock(self.device)
+            clock.mark()
+            stopped = False
+            for i in range(1, max_new_tokens):
+                previous = token.clone()  # a replayed CUDA graph writes over its last output
+                token = self.decode_step(previous, start, u[i])
+                start += 1
+                clock.mark()
+                if stopped := take(previous):
+                    break
+            if not stopped:
+                take(token)
+        self.cached = [*prompts[0], *outputs[0]][: self.length] if self.batch == 1 else []
+        # The newest token was sampled but never run: its slot is not filled yet.
+        self.cached = self.cached[:-1]
+        return Result(outputs, max(map(len, prompts)), first_token_s, clock.intervals())
+
+    def _check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
+        if len(prompts) != self.batch:
+            raise ValueError(f"{len(prompts)} prompts for an engine of batch {self.batch}")
+        if not all(prompts):
+            raise UserError("empty prompt: give at least one token")
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}: must be at least 1")
+        total = max(map(len, prompts)) + max_new_tokens
+        if total > self.length:
+            raise UserError(
+                f"a prompt of {total - max_new_tokens} tokens and {max_new_tokens} new ones do not "
+                f"fit a context of {self.length}; shorten the prompt or raise --cache_size"
+            )
+
+    def _shared_prefix(self, prompt: list[int]) -> int:
+        """How many leading tokens of `prompt` the cache holds; at least one is left to run."""
+        shared = 0
+        for a, b in zip(self.cached, prompt[:-1], strict=False):
+            if a != b:
+                break
+            shared += 1
+        return shared
+
+    def warm_up(self, prompt_tokens: int = 1) -> float:
+        """Run, and so compile, the decode step and the prefill of `prompt_tokens`. Seconds taken.
+
+        With a compiled prefill every bucket up to the cache's size is compiled, so that no later
+        prompt compiles anything.
+        """
+        begin = time.perf_counter()
+        sizes = {min(prompt_tokens, self.length - 1)}
+        if self.prefill_step is not self._prefill_step:
+            sizes |= {b for b in BUCKETS if b < self.length}
+        for size in sorted(sizes):
+            prompt = [[1] * max(size, 1)] * self.batch
+            self.generate(prompt, min(4, self.length - size))
+            self.cached = []
+        return time.perf_counter() - begin
+
+
+def configure_compiler() -> None:
+    """Inductor settings for decoding; called by each command line, never by an import."""
+    import torch._inductor.config as config
+
+    config.coordinate_descent_tuning = True
+    config.triton.unique_kernel_names = True
+    torch.set_float32_matmul_precision("high")
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made so far: a difference of 0 is no recompilation."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]

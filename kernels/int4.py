@@ -1,0 +1,90 @@
+"""int4 weight-only: unsigned codes in groups along K, with a floating-point zero.
+
+    s = (max - min) / 15      z = min + 8 s      q = clamp(round((w - z) / s + 8), 0, 15)
+    w_hat = (q - 8) * s + z
+
+s and z are bf16, one pair per row and group of 32, 64, 128 or 256 columns. Where the group size
+does not divide K the last group is shorter; nothing is padded and nothing is refused.
+Source: the int4 scheme of PyTorch's tinygemm kernels (`_weight_int4pack_mm`), used by gpt-fast and
+torchao. Stored as ceil(K / 2) bytes a row, the even column in the low nibble.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import affine, native
+from kernels.linear import Grid, Params, QuantizedLinear
+from kernels.packing import pack, packed_size, unpack
+
+
+class Int4Grid(Grid):
+    """16 levels, evenly spaced in each group; params: scales, zeros [N, G], bf16 values in fp32."""
+
+    def fit(self, w: Tensor, shrink: float = 1.0) -> Params:
+        scale, zero = affine.choose_qparams(
+            w, (1, self.groupsize), 0, 15, symmetric=False, zero_domain="float",
+            preserve_zero=False, shrink=shrink, scale_dtype=torch.bfloat16,
+        )  # fmt: skip
+        return {"scales": scale.float(), "zeros": zero.float()}
+
+    def round(self, w: Tensor, params: Params) -> Tensor:
+        q = torch.round((w - params["zeros"]) / params["scales"] + 8)
+        return q.clamp(0, 15).to(torch.uint8)
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        return (codes.float() - 8) * params["scales"] + params["zeros"]
+
+
+class Int4Linear(QuantizedLinear):
+    """Buffers: weight uint8 [N, ceil(K/2)]; scales, zeros bf16 [N, G], G = ceil(K / groupsize)."""
+
+    name = "int4"
+    default_groupsize = 64
+
+    def __init__(
+        self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None, groupsize=64
+    ):
+        super().__init__(in_features, out_features, bias, dtype, device)
+        self.groupsize = groupsize
+        groups = (out_features, -(-in_features // groupsize))
+        bf16 = {"dtype": torch.bfloat16, "device": device}
+        shape = (out_features, packed_size(in_features, 4))
+        self.register_buffer("weight", torch.empty(shape, dtype=torch.uint8, device=device))
+        self.register_buffer("scales", torch.empty(groups, **bf16))
+        self.register_buffer("zeros", torch.empty(groups, **bf16))
+        self.register_buffer("tiles", None, persistent=False)
+        self.register_buffer("tile_params", None, persistent=False)
+
+    def settings(self) -> dict:
+        return {"format": self.name, "groupsize": self.groupsize}
+
+    def grid(self) -> Int4Grid:
+        return Int4Grid(self.groupsize)
+
+    def pack(self, codes: Tensor, params: Params) -> None:
+        self.weight = pack(codes, 4)
+        self.scales = params["scales"].to(torch.bfloat16)
+        self.zeros = params["zeros"].to(torch.bfloat16)
+
+    def dequantize(self) -> Tensor:
+        codes = unpack(self.weight, 4, self.in_features)
+        scale, zero = (
+            affine.block_expand(p.float(), (1, self.groupsize), codes.shape)
+            for p in (self.scales, self.zeros)
+        )
+        return (codes.float() - 8) * scale + zero
+
+    def repack(self) -> None:
+        if self.weight is not None and self.weight.device.type == "cpu" and native.load():
+            self.tiles, self.tile_params = torch.ops.flatllama.int4_repack(
+                self.weight, self.scales, self.zeros, self.groupsize
+            )
+            self.weight = self.scales = self.zeros = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tiles is not None:
+            return torch.ops.flatllama.int4_linear(
+                x, self.tiles, self.tile_params, self.bias, self.out_features, self.in_features,
+                self.groupsize, native.exact_activations(),
+            )  # fmt: skip
+        return super().forward(x)

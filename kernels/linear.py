@@ -1,0 +1,126 @@
+"""What every weight format shares: the grid that algorithms choose codes on, and the module.
+
+A `Grid` says which values a weight can take. An algorithm (round-to-nearest, GPTQ, HQQ, ...) is
+written against it and names no format; a format names no algorithm.
+
+A `QuantizedLinear` stands where an nn.Linear stood. Its buffers hold the canonical packed form,
+the same on every device; `repack()` turns them, once, into the layout that this device's kernel
+reads. The plain `Linear` of bf16, fp16 and fp32 weights is here too: the base line.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import native
+
+Params = dict[str, Tensor]
+
+
+class Grid:
+    """The values that a weight [N, K] can take, in groups of `groupsize` columns.
+
+    Params are per-group tensors [N, G], G = ceil(K / groupsize); the last group may be shorter.
+    """
+
+    def __init__(self, groupsize: int):
+        if groupsize < 1:
+            raise ValueError(f"group size {groupsize}: must be at least 1")
+        self.groupsize = groupsize
+
+    def fit(self, w: Tensor, shrink: float = 1.0) -> Params:
+        """Parameters for every group of w [N, K] fp32, its range scaled by `shrink`."""
+        raise NotImplementedError
+
+    def round(self, w: Tensor, params: Params) -> Tensor:
+        """Codes [N, C] of the grid points nearest to w [N, C]; params [N, C] or [N, 1]."""
+        raise NotImplementedError
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        """Values [N, C] fp32 that the codes stand for."""
+        raise NotImplementedError
+
+    def columns(self, params: Params, columns: Tensor) -> Params:
+        """The parameters of given columns: int64 [C] -> entries [N, C]."""
+        groups = columns // self.groupsize
+        return {name: p[:, groups] for name, p in params.items()}
+
+    def round_to_nearest(self, w: Tensor, params: Params) -> Tensor:
+        """Codes [N, K] of the whole matrix w [N, K]: the plainest algorithm."""
+        columns = torch.arange(w.shape[1], device=w.device)
+        return self.round(w, self.columns(params, columns))
+
+
+class Linear(nn.Linear):
+    """y = x W^T + b in the dtype of the weight. [..., K] -> [..., N].
+
+    One to sixteen rows on the CPU stream the weight through our own kernel, because the ATen
+    product leaves half of the memory bandwidth unused there; everything else is F.linear.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and native.loaded():
+            return torch.ops.flatllama.float_linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
+class QuantizedLinear(nn.Module):
+    """Base of the weight formats: y = x dequantize(W)^T + b. [..., K] -> [..., N].
+
+    A format sets `name`, registers its canonical buffers in `__init__`, and defines `grid`, `pack`,
+    `dequantize`, and `repack` / `forward` where it has a kernel. After `repack` the canonical
+    buffers are gone: the module runs, but no longer saves or dequantizes.
+    """
+
+    name: str
+    default_groupsize: int | None = None  # None: the format has no group size
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, dtype, device):
+        super().__init__()
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.register_buffer(
+            "bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        )
+
+    @classmethod
+    def from_codes(
+        cls, codes: Tensor, params: Params, bias: Tensor | None, dtype: torch.dtype, **settings
+    ) -> "QuantizedLinear":
+        """A module that holds codes [N, K] with the params of this format's grid."""
+        n, k = codes.shape
+        module = cls(k, n, bias is not None, dtype, codes.device, **settings)
+        module.pack(codes, params)
+        if bias is not None:
+            module.bias = bias.to(dtype)
+        return module
+
+    def settings(self) -> dict:
+        """What the checkpoint's header records so that the loader can rebuild this module."""
+        return {"format": self.name}
+
+    def weight_bytes(self) -> int:
+        """Bytes of all buffers: what one decode step reads of this layer."""
+        return sum(b.numel() * b.element_size() for b in self.buffers())
+
+    def extra_repr(self) -> str:
+        rest = ", ".join(f"{k}={v}" for k, v in self.settings().items())
+        return f"in_features={self.in_features}, out_features={self.out_features}, {rest}"
+
+    def grid(self) -> Grid:
+        """The values that this module's weight can take."""
+        raise NotImplementedError
+
+    def pack(self, codes: Tensor, params: Params) -> None:
+        """Fill the canonical buffers from codes [N, K] and the grid's params."""
+        raise NotImplementedError
+
+    def dequantize(self) -> Tensor:
+        """The weight [N, K] in fp32: the truth that every kernel is tested against."""
+        raise NotImplementedError
+
+    def repack(self) -> None:
+        """Turn the canonical buffers into the layout of this device's kernel. Idempotent."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.dequantize().to(x.dtype)
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))

@@ -1,0 +1,62 @@
+"""What every measurement shares: spread, memory, the machine's name and its read bandwidth."""
+
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from kernels import native
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """mean, std, p50 and p99 of measurements."""
+    values = sorted(values)
+    if not values:
+        return dict.fromkeys(("mean", "std", "p50", "p99"), float("nan"))
+    return {
+        "mean": statistics.fmean(values),
+        "std": statistics.pstdev(values),
+        "p50": statistics.median(values),
+        "p99": values[len(values) * 99 // 100],
+    }
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: the most that was allocated on a GPU, or resident in this process on the CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_name(device: str) -> str:
+    """What the figures were measured on."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def read_bandwidth(device: str) -> float:
+    """Bytes per second of a plain streaming read, the best of several over 512 MB (CUDA: 4 GB).
+
+    This is the limit that decoding is compared with: every byte of a buffer far larger than the
+    caches read once, by all threads.
+    """
+    if device == "cpu" and native.loaded():
+        return torch.ops.flatllama.read_bandwidth(2**29)
+    size = 2**32 if device.startswith("cuda") else 2**29
+    x = torch.ones(size // 4, device=device)
+    best = float("inf")
+    for _ in range(6):
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        x.sum().item()
+        best = min(best, time.perf_counter() - begin)
+    return size / best

@@ -1,0 +1,273 @@
+"""The Llama Transformer with a static KV cache.
+
+Touvron et al. 2023 (arXiv 2302.13971); grouped-query attention, Ainslie et al. 2023 (2305.13245);
+rotary embedding in the rotate-half layout of Hugging Face checkpoints, so no weight is permuted;
+its long-context scaling as published with Llama 3.1.
+
+Shapes: B sequences, T new tokens each, S cache slots, H heads, H_kv key-value heads, D head size,
+C model width, V vocabulary.
+"""
+
+import math
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import Linear
+from kernels.attention import attention
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a Llama. `rope_scaling` is (factor, low_freq, high_freq, original_length)."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    ffn_dim: int
+    vocab_size: int
+    head_dim: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: tuple[float, float, float, int] | None = None
+    max_positions: int = 2048
+    tied_head: bool = False
+    attention_bias: bool = False  # on wqkv
+    output_bias: bool = False  # on wo
+    ffn_bias: bool = False
+
+    def to_dict(self) -> dict:
+        """Plain values, for a checkpoint's header."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "ModelConfig":
+        """Undo `to_dict` (JSON turns the tuple into a list)."""
+        scaling = values.get("rope_scaling")
+        return cls(**{**values, "rope_scaling": tuple(scaling) if scaling else None})
+
+
+LLAMA_3_1_SCALING = (8.0, 1.0, 4.0, 8192)
+_llama_3_8b = ModelConfig(
+    4096, 32, 32, 8, 14336, 128256, 128, rope_theta=500000.0, max_positions=8192
+)
+_llama_3_1_8b = replace(_llama_3_8b, rope_scaling=LLAMA_3_1_SCALING, max_positions=131072)
+_llama_3_2_1b = replace(
+    _llama_3_1_8b, dim=2048, n_layers=16, ffn_dim=8192, head_dim=64, tied_head=True,
+    rope_scaling=(32.0, 1.0, 4.0, 8192),
+)  # fmt: skip
+# True shapes, for --random_weights and for tests.
+CONFIGS = {
+    "llama-2-7b": ModelConfig(4096, 32, 32, 32, 11008, 32000, 128, max_positions=4096),
+    "llama-2-13b": ModelConfig(5120, 40, 40, 40, 13824, 32000, 128, max_positions=4096),
+    "llama-2-70b": ModelConfig(8192, 80, 64, 8, 28672, 32000, 128, max_positions=4096),
+    "llama-3-8b": _llama_3_8b,
+    "llama-3-70b": replace(_llama_3_8b, dim=8192, n_layers=80, n_heads=64, ffn_dim=28672),
+    "llama-3.1-8b": _llama_3_1_8b,
+    "llama-3.1-405b": replace(
+        _llama_3_1_8b, dim=16384, n_layers=126, n_heads=128, ffn_dim=53248
+    ),
+    "llama-3.2-1b": _llama_3_2_1b,
+    "llama-3.2-3b": replace(
+        _llama_3_2_1b, dim=3072, n_layers=28, n_heads=24, head_dim=128
+    ),
+    "smollm2-135m": ModelConfig(
+        576, 30, 9, 3, 1536, 49152, 64, rope_theta=100000.0, max_positions=8192, tied_head=True
+    ),
+    "tiny": ModelConfig(64, 2, 4, 2, 160, 512, 16, max_positions=1024),
+}  # fmt: skip
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Rotation per position of each pair of dimensions, fp32 [D / 2].
+
+    theta ** (-2i / D); with scaling, wavelengths longer than original / low are stretched by
+    `factor`, those shorter than original / high are kept, and those between are interpolated.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    freqs = 1.0 / config.rope_theta**exponent
+    if config.rope_scaling is None:
+        return freqs
+    factor, low, high, original = config.rope_scaling
+    wavelength = 2 * math.pi / freqs
+    smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * freqs / factor + smooth * freqs
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [B, T, H, D] by angles [B, T, 1, D / 2], computed in fp32."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class KVCache(nn.Module):
+    """Keys and values of all positions so far: [B, H_kv, S, D], in the model's dtype."""
+
+    def __init__(self, batch: int, heads: int, length: int, head_dim: int, dtype, device=None):
+        super().__init__()
+        shape = (batch, heads, length, head_dim)
+        for name in ("k", "v"):
+            zeros = torch.zeros(shape, dtype=dtype, device=device)
+            self.register_buffer(name, zeros, persistent=False)
+
+    def update(self, k: Tensor, v: Tensor, position: Tensor) -> None:
+        """Write k, v [B, T, H_kv, D] into the slots `position` [B, T]."""
+        batch = torch.arange(position.shape[0], device=position.device)[:, None]  # [B, 1]
+        self.k[batch, :, position] = k
+        self.v[batch, :, position] = v
+
+    def attend(self, q: Tensor, start: Tensor) -> Tensor:
+        """q [B, H, T, D] over the slots filled so far -> [B, H, T, D]."""
+        return attention(q, self.k, self.v, start)
+
+
+class Int8KVCache(KVCache):
+    """int8 keys and values, one scale per token and head: s = max|x| / 127, q = round(x / s).
+
+    Attention dequantizes a block at a time; the cache is never materialized in bf16.
+    """
+
+    def __init__(self, batch: int, heads: int, length: int, head_dim: int, dtype, device=None):
+        super().__init__(batch, heads, length, head_dim, torch.int8, device)
+        for name in ("k_scale", "v_scale"):
+            zeros = torch.zeros((batch, heads, length, 1), dtype=dtype, device=device)
+            self.register_buffer(name, zeros, persistent=False)
+
+    def update(self, k: Tensor, v: Tensor, position: Tensor) -> None:
+        (k, k_scale), (v, v_scale) = self.quantize(k), self.quantize(v)
+        super().update(k, v, position)
+        batch = torch.arange(position.shape[0], device=position.device)[:, None]
+        self.k_scale[batch, :, position] = k_scale
+        self.v_scale[batch, :, position] = v_scale
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [..., D] -> int8 [..., D] and its scale [..., 1] in the scale's storage dtype."""
+        scale = (x.abs().amax(-1, keepdim=True).float() / 127).clamp(min=1e-5)
+        scale = scale.to(self.k_scale.dtype)
+        return torch.round(x.float() / scale.float()).clamp(-127, 127).to(torch.int8), scale
+
+    def attend(self, q: Tensor, start: Tensor) -> Tensor:
+        return attention(q, self.k, self.v, start, self.k_scale, self.v_scale)
+
+
+KV_CACHES = {"bf16": KVCache, "int8": Int8KVCache}  # "bf16" stores the model's own dtype
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in fp32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; the rows of wqkv are all query heads, then key, then value heads."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.n_heads, config.n_kv_heads, config.head_dim,
+        )  # fmt: skip
+        width = config.n_heads * config.head_dim
+        kv_width = config.n_kv_heads * config.head_dim
+        self.wqkv = Linear(config.dim, width + 2 * kv_width, bias=config.attention_bias)
+        self.wo = Linear(width, config.dim, bias=config.output_bias)
+        self.kv_cache: KVCache | None = None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, position: Tensor):
+        """x [B, T, C] at positions [B, T] = start[b] + t; cos, sin [B, T, 1, D / 2]."""
+        qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2 H_kv, D]
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        self.kv_cache.update(k, v, position)
+        y = self.kv_cache.attend(q.transpose(1, 2), start)  # [B, H, T, D]
+        return self.wo(y.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """w2(silu(gate) * up); the rows of w13 are the gate's, then up's (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.w13 = Linear(config.dim, 2 * config.ffn_dim, bias=config.ffn_bias)
+        self.w2 = Linear(config.ffn_dim, config.dim, bias=config.ffn_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, position: Tensor):
+        x = x + self.attention(self.attention_norm(x), cos, sin, start, position)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """Token ids in, logits out, keys and values kept between calls. Inference only."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = Linear(config.dim, config.vocab_size, bias=False)
+        if config.tied_head:
+            self.output.weight = self.tok_embeddings.weight
+        self.cache_length = 0
+        self.requires_grad_(False)
+
+    def setup_cache(self, batch: int, length: int, kind: str = "bf16") -> None:
+        """Allocate an empty cache of `length` slots for `batch` sequences, and the rotary table."""
+        weight = self.tok_embeddings.weight
+        config, device = self.config, weight.device
+        cache = (batch, config.n_kv_heads, length, config.head_dim, weight.dtype, device)
+        for layer in self.layers:
+            layer.attention.kv_cache = KV_CACHES[kind](*cache)
+        self.cache_length = length
+        angles = torch.outer(torch.arange(length).float(), rope_frequencies(config)).to(device)
+        self.register_buffer("rope_cos", angles.cos(), persistent=False)  # [S, D / 2]
+        self.register_buffer("rope_sin", angles.sin(), persistent=False)
+
+    def rope(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the angles at `position` [B, T]: [B, T, 1, D / 2] each."""
+        return self.rope_cos[position].unsqueeze(2), self.rope_sin[position].unsqueeze(2)
+
+    def forward(self, tokens: Tensor, start: Tensor, last: Tensor | None = None) -> Tensor:
+        """Logits of the next token after each given one.
+
+        Args:
+            tokens: [B, T] int64.
+            start: [B] int64, the position of each sequence's first given token; the cache holds
+                its earlier ones. start[b] + T <= S.
+            last: [B] int64, compute the logits of row last[b] of each sequence only.
+
+        Returns:
+            [B, T, V] in the model's dtype, or [B, 1, V] with `last`.
+        """
+        position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # [B, T]
+        cos, sin = self.rope(position)
+        x = self.tok_embeddings(tokens)  # [B, T, C]
+        for layer in self.layers:
+            x = layer(x, cos, sin, start, position)
+        if last is not None:
+            x = x.gather(1, last[:, None, None].expand(-1, 1, x.shape[-1]))
+        return self.output(self.norm(x))

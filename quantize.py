@@ -1,0 +1,355 @@
+"""Quantize a model: any module in place, or a checkpoint block by block (the command line).
+
+python quantize.py --mode int4-gptq --groupsize 64 --checkpoint_path checkpoints/...
+python quantize.py --list
+"""
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import checkpoint as ckpt
+from calibration import CalibrationStream, InputStatistics, calibration_tokens
+from errors import UserError, check_device, cli, progress
+from kernels import FORMATS
+from model import ModelConfig, RMSNorm, Transformer, TransformerBlock
+from modes import ALGORITHMS, FLOAT_MODES, Mode, head_mode, mode_names, parse_mode
+from scripts.download import ensure_default_model
+from tokenizer import load_tokenizer
+
+# The linear layers of a block in the order in which they run: each is quantized on the inputs
+# that it gets when those before it are quantized already.
+BLOCK_LINEARS = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
+CHUNK = 2**24  # elements of a weight that are worked on at a time
+
+
+def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(1, CHUNK // columns)
+    return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
+
+
+def quantize_linear(
+    linear: nn.Linear,
+    mode: Mode,
+    stats: InputStatistics | None = None,
+    dtype: torch.dtype | None = None,
+    **options,
+) -> nn.Module:
+    """The quantized module that stands in for `linear`: same device and bias.
+
+    `dtype` is the model's, in which scales may be stored; by default the weight's own. `options`
+    go to the algorithm.
+    """
+    weight, cls = linear.weight, FORMATS[mode.format]
+    dtype = dtype or weight.dtype
+    rest = {k: v for k, v in mode.settings.items() if k != "format"}
+    with torch.device("meta"):
+        grid = cls(linear.in_features, linear.out_features, dtype=dtype, **rest).grid()
+    algorithm = ALGORITHMS[mode.algorithm]
+    if algorithm.calibrated:
+        codes, params = algorithm.run(weight.detach().float(), grid, stats, **options)
+    else:  # rows are independent: a few at a time bounds the memory
+        parts = [
+            algorithm.run(weight[rows].detach().float(), grid, None, **options)
+            for rows in _row_chunks(*weight.shape)
+        ]
+        codes = torch.cat([c for c, _ in parts])
+        params = {k: torch.cat([p[k] for _, p in parts]) for k in parts[0][1]}
+    bias = None if linear.bias is None else linear.bias.detach()
+    return cls.from_codes(codes, params, bias, dtype, **rest)
+
+
+def relative_error(weight: Tensor, quantized: nn.Module) -> float:
+    """|W - W_hat| / |W|, Frobenius norms."""
+    return ((weight.float() - quantized.dequantize()).norm() / weight.float().norm()).item()
+
+
+def quantize_(
+    model: nn.Module,
+    mode: str,
+    groupsize: int | None = None,
+    *,
+    inputs: Iterable[tuple] = (),
+    skip: Callable[[str], bool] = lambda name: False,
+    repack: bool = True,
+    **options,
+) -> nn.Module:
+    """Quantize, in place, every nn.Linear of any model, except those whose name `skip` picks.
+
+    Args:
+        mode: as on the command line, "int4-gptq" for example.
+        inputs: argument tuples for model(*args), run once through the unquantized model to
+            collect the statistics that calibrated algorithms need.
+        repack: lay the weights out for this device's kernels (such a model no longer saves).
+        options: passed to the algorithm, percdamp=0.05 for example.
+
+    Returns:
+        The model.
+    """
+    parsed = parse_mode(mode, groupsize)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not skip(n)}
+    if parsed.format in FLOAT_MODES:
+        return model.to(FLOAT_MODES[parsed.format])
+    stats = {}
+    if ALGORITHMS[parsed.algorithm].calibrated:
+        stats = _collect(model, linears, inputs)
+    for name, linear in linears.items():
+        model.set_submodule(name, quantize_linear(linear, parsed, stats.get(name), **options))
+    if repack:
+        ckpt.repack(model)
+    return model
+
+
+def _collect(
+    model: nn.Module, linears: dict[str, nn.Linear], inputs: Iterable[tuple]
+) -> dict[str, InputStatistics]:
+    """Input statistics of every linear layer over `inputs`."""
+    stats = {name: InputStatistics(m.in_features, m.weight.device) for name, m in linears.items()}
+    hooks = [
+        m.register_forward_pre_hook(lambda _, args, s=stats[name]: s.add(args[0]))
+        for name, m in linears.items()
+    ]
+    with torch.no_grad():
+        for args in inputs:
+            model(*args)
+    for hook in hooks:
+        hook.remove()
+    if not all(s.tokens for s in stats.values()):
+        raise UserError("a calibrated mode needs `inputs` that reach every linear layer")
+    return stats
+
+
+def random_model(
+    config: ModelConfig, mode: Mode | None, device: str, dtype: torch.dtype, seed: int = 0
+) -> Transformer:
+    """A model of true shape with random weights, quantized layer by layer, ready to run."""
+    torch.manual_seed(seed)
+    if mode is not None and mode.algorithm and ALGORITHMS[mode.algorithm].calibrated:
+        raise UserError(f"random weights cannot be calibrated: take {mode.format!r}")
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    head = None if mode is None else head_mode(mode, None)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            tied = name == "output" and config.tied_head
+            if tied:
+                weight = model.tok_embeddings.weight
+            else:
+                weight = torch.randn(module.weight.shape, device=device, dtype=dtype) * 0.02
+                weight = nn.Parameter(weight, requires_grad=False)
+            module.weight = weight
+            if getattr(module, "bias", None) is not None:
+                module.bias = nn.Parameter(torch.zeros_like(weight[:, 0]), requires_grad=False)
+        elif isinstance(module, RMSNorm):
+            ones = torch.ones(config.dim, device=device, dtype=dtype)
+            module.weight = nn.Parameter(ones, requires_grad=False)
+        layer_mode = head if name == "output" else mode
+        if isinstance(module, nn.Linear) and layer_mode and layer_mode.format in FORMATS:
+            model.set_submodule(name, quantized := quantize_linear(module, layer_mode))
+            quantized.repack()
+    return model.eval()
+
+
+class CheckpointQuantizer:
+    """Quantizes a checkpoint block by block: memory for about one block, the output on disk."""
+
+    def __init__(
+        self, source: ckpt.Checkpoint, mode: Mode, head: Mode, output: Path,
+        device: str = "cpu", stream: CalibrationStream | None = None, options: dict | None = None,
+        calibration: dict | None = None,
+    ):  # fmt: skip
+        self.source, self.mode, self.head, self.device = source, mode, head, device
+        self.stream, self.options, self.report = stream, options or {}, []
+        config = source.config
+        self.dtype = FLOAT_MODES.get(mode.format, source.dtype)
+        self.layers = {}
+        if mode.format not in FLOAT_MODES:
+            names = [f"layers.{i}.{n}" for i in range(config.n_layers) for n in BLOCK_LINEARS]
+            self.layers = dict.fromkeys(names, mode.settings)
+        if head.format not in FLOAT_MODES:
+            self.layers["output"] = head.settings
+        target = ckpt.build_model(config, self.layers, self.dtype)
+        state = target.state_dict()
+        self.specs = {n: (state[n].dtype, list(state[n].shape)) for n in ckpt.tensor_names(target)}
+        ckpt.check_specs(source, source_model := ckpt.build_model(config, {}, source.dtype),
+                         ckpt.tensor_names(source_model))  # fmt: skip
+        self.header = {
+            "version": ckpt.VERSION, "mode": str(mode), "groupsize": mode.groupsize,
+            "algorithm": {"name": mode.algorithm or "rtn", **self.options, **(calibration or {})},
+            "lm_head": str(head), "layers": self.layers, "config": config.to_dict(),
+        }  # fmt: skip
+        self.writer = ckpt.Writer(output, self.specs, self.header)
+
+    def run(self, progress: Callable[[str], None] = lambda text: None) -> list[dict]:
+        """Write the file; returns [{name, format, error}] of the quantized layers."""
+        count = self.source.config.n_layers
+        with self.writer, torch.no_grad():
+            for name in ("tok_embeddings.weight", "norm.weight", "output.weight"):
+                if name in self.specs or (name == "output.weight" and "output" in self.layers):
+                    progress(f"{name.split('.')[0]}")
+                    self.write_rows(name)
+            for i in range(count):
+                progress(f"block {i + 1} of {count}")
+                self.write_block(i)
+        return self.report
+
+    def write_rows(self, name: str) -> None:
+        """Copy, or quantize, one big tensor of independent rows a chunk at a time."""
+        module = name.rpartition(".")[0]
+        stored = "tok_embeddings.weight" if self._tied(name) else name
+        shape = self.source.spec(stored)[1]
+        errors = []
+        for rows in _row_chunks(shape[0], shape[1] if len(shape) > 1 else 1):
+            weight = self.source.tensor(stored, [rows]).to(self.device)
+            if module not in self.layers:
+                self.writer.write(name, weight.to(self.dtype), rows.start)
+                continue
+            linear = nn.Linear(shape[1], len(weight), bias=False, device="meta")
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            quantized = quantize_linear(linear, self.head, dtype=self.dtype)
+            errors.append(relative_error(weight, quantized))
+            for key, tensor in quantized.state_dict().items():
+                self.writer.write(f"{module}.{key}", tensor, rows.start)
+        if errors:
+            mean = sum(errors) / len(errors)
+            self.report.append({"name": module, "format": self.head.format, "error": mean})
+
+    def _tied(self, name: str) -> bool:
+        return name == "output.weight" and self.source.config.tied_head
+
+    def load_block(self, index: int) -> TransformerBlock:
+        """The source's block, in its own dtype (fp32 for calibration, which runs it)."""
+        dtype = torch.float32 if self.stream else self.source.dtype
+        with torch.device("meta"):
+            block = TransformerBlock(self.source.config)
+        for name in list(block.state_dict()):
+            module, _, attribute = name.rpartition(".")
+            tensor = self.source.tensor(f"layers.{index}.{name}").to(self.device, dtype)
+            setattr(block.get_submodule(module), attribute, nn.Parameter(tensor, False))
+        return block
+
+    def write_block(self, index: int) -> None:
+        """Quantize one block's linear layers in running order and write the block."""
+        block = self.load_block(index)
+        for name in BLOCK_LINEARS if self.mode.format in FORMATS else ():
+            linear = block.get_submodule(name)
+            stats = self.stream.statistics(block, name) if self.stream else None
+            quantized = quantize_linear(linear, self.mode, stats, self.dtype, **self.options)
+            error = relative_error(linear.weight, quantized)
+            full_name = f"layers.{index}.{name}"
+            self.report.append({"name": full_name, "format": self.mode.format, "error": error})
+            block.set_submodule(name, quantized)
+        if self.stream:
+            self.stream.advance(block)
+        for name, tensor in block.state_dict().items():
+            spec = self.specs[f"layers.{index}.{name}"]
+            self.writer.write(f"layers.{index}.{name}", tensor.to(spec[0]))
+
+
+def default_output(source: ckpt.Checkpoint, mode: Mode) -> Path:
+    """model_int4-gptq.g64.safetensors beside the source: for people; the loader reads headers."""
+    group = f".g{mode.groupsize}" if mode.groupsize else ""
+    return source.directory / f"model_{mode}{group}.safetensors"
+
+
+def list_modes() -> str:
+    """The table of formats and algorithms, for --list."""
+    lines = ["format     bits per weight (4096 columns)   scales"]
+    for name, cls in FORMATS.items():
+        with torch.device("meta"):
+            module = cls(4096, 4096)
+        bits = module.weight_bytes() * 8 / 4096**2
+        group = cls.default_groupsize
+        what = f"per group, --groupsize 32 64 128 256, default {group}" if group else "per row"
+        lines.append(f"{name:<10} {bits:<32.3f} {what}")
+    lines += ["", "algorithm  needs             what it does"]
+    for name, algorithm in ALGORITHMS.items():
+        needs = "calibration text" if algorithm.calibrated else "-"
+        lines.append(f"{name or '(none)':<10} {needs:<17} {algorithm.summary}")
+    lines += ["", "modes: " + " ".join(mode_names())]
+    return "\n".join(lines)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Write a quantized checkpoint.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--mode", default="int8", help="<format>[-<algorithm>]; --list shows them")
+    add("--groupsize", type=int, help="columns that share a scale; default: the format's")
+    add("--lm_head", choices=["same", "int8", "keep"], help="format of the LM head; default: int8")
+    add("--checkpoint_path", type=Path, help="a Hugging Face directory; default: the default model")
+    add("--output", type=Path, help="file to write; default: model_<mode>... beside the source")
+    add("--device", default="cpu")
+    add("--calibration", default="bundled", help="bundled, self, or a text file")
+    add("--calibration_samples", type=int, default=48)
+    add("--calibration_seq_length", type=int, default=1024)
+    add("--percdamp", type=float, default=0.01, help="GPTQ damping, of the mean diagonal")
+    add("--seed", type=int, default=0, help="of the choice of calibration samples")
+    add("--json", type=Path, help="write a report here")
+    add("--list", action="store_true", help="print formats, algorithms and modes, and stop")
+    return parser.parse_args()
+
+
+def calibrate(source: ckpt.Checkpoint, args: argparse.Namespace) -> tuple[CalibrationStream, dict]:
+    """The stream of calibration samples, and how it was made, for the header."""
+    model = ckpt.load_model(source, args.device) if args.calibration == "self" else None
+    try:
+        tokens = calibration_tokens(
+            load_tokenizer(source.directory), args.calibration, args.calibration_samples,
+            args.calibration_seq_length, args.seed, model,
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        raise UserError(f"calibration: {error}") from None
+    embeddings = source.tensor("tok_embeddings.weight")
+    how = {
+        "calibration": Path(args.calibration).name, "samples": args.calibration_samples,
+        "seq_length": args.calibration_seq_length, "seed": args.seed,
+    }  # fmt: skip
+    return CalibrationStream(tokens.to(args.device), embeddings, source.config), how
+
+
+def main() -> None:
+    args = parse_args()
+    if args.list:
+        print(list_modes())
+        return
+    begin = time.perf_counter()
+    mode = parse_mode(args.mode, args.groupsize)
+    source = ckpt.open_checkpoint(args.checkpoint_path or ensure_default_model())
+    if source.header:
+        raise UserError(f"{source.path} is quantized already: give the source model's directory")
+    check_device(args.device)
+    output = args.output or default_output(source, mode)
+    stream, how, options = None, {}, {}
+    if mode.algorithm and ALGORITHMS[mode.algorithm].calibrated:
+        options = {"percdamp": args.percdamp}
+        stream, how = calibrate(source, args)
+    job = CheckpointQuantizer(
+        source, mode, head_mode(mode, args.lm_head), output, args.device, stream, options, how
+    )
+    layers = job.run(lambda text: progress(f"{text}, {time.perf_counter() - begin:.0f} s"))
+    seconds = time.perf_counter() - begin
+    size = sum(d.itemsize * torch.Size(s).numel() for d, s in job.specs.values())
+    progress("")
+    print(f"{output}: {size / 1e6:.1f} MB, {seconds:.1f} s")
+    if args.json:
+        source_size = sum(p.stat().st_size for p in set(source.files.values()))
+        report = {
+            "mode": str(mode), "groupsize": mode.groupsize, "algorithm": job.header["algorithm"],
+            "weight_bytes": size, "source_weight_bytes": source_size, "seconds": seconds,
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "output": str(output), "layers": layers,
+        }  # fmt: skip
+        args.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    cli(main)
