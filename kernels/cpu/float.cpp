@@ -1,0 +1,124 @@
+// y = x W^T for one to a few rows of x and a row-major weight in bf16, fp16 or fp32.
+//
+// Four rows of W at a time stream through the registers, each weight widened to fp32 and multiplied
+// by every row of x. bf16 widens at one operation per vector: the even and the odd numbers of
+// a 32-bit lane, so x lies "paired": kLanes even columns, then kLanes odd ones.
+#include "level.h"
+
+namespace CPU_LEVEL {
+
+constexpr int kStep = 2 * kLanes;  // columns of W taken at a time
+
+template <Type type>
+INLINE void widen(const char* p, vf& a, vf& b) {
+  if constexpr (type == Type::bf16) {
+    vu v = load<vu>(p);
+    a = bf16_even(v);
+    b = bf16_odd(v);
+  } else if constexpr (type == Type::fp16) {
+    a = fp16_load(p);
+    b = fp16_load(p + 2 * kLanes);
+  } else {
+    a = load<vf>(p);
+    b = load<vf>(p + 4 * kLanes);
+  }
+}
+
+// R rows of W from n0 on, M rows of x from m0 on.
+template <Type type, int R, int M>
+static void block(const Linear& a, int64_t n0, int64_t m0) {
+  constexpr int kBytes = type == Type::fp32 ? 4 : 2;
+  vf even[R][M] = {}, odd[R][M] = {};
+  const char* w = (const char*)a.w + n0 * a.k * kBytes;
+  const float* x = a.x + m0 * a.kpad;
+  auto step = [&](const char* rows, int64_t stride, int64_t k) __attribute__((always_inline)) {
+    vf wa[R], wb[R];
+    UNROLL
+    for (int r = 0; r < R; r++) widen<type>(rows + r * stride, wa[r], wb[r]);
+    UNROLL
+    for (int m = 0; m < M; m++) {
+      vf xa = load<vf>(x + m * a.kpad + k), xb = load<vf>(x + m * a.kpad + k + kLanes);
+      UNROLL
+      for (int r = 0; r < R; r++) {
+        even[r][m] += wa[r] * xa;
+        // One chain per sum hides the latency where there are few sums.
+        if constexpr (R * M <= 8) odd[r][m] += wb[r] * xb;
+        else even[r][m] += wb[r] * xb;
+      }
+    }
+  };
+  int64_t k = 0;
+  for (; k + kStep <= a.k; k += kStep) step(w + k * kBytes, a.k * kBytes, k);
+  if (k < a.k) {
+    char edge[R][kStep * kBytes] = {};
+    for (int r = 0; r < R; r++) memcpy(edge[r], w + (r * a.k + k) * kBytes, (a.k - k) * kBytes);
+    step(edge[0], kStep * kBytes, k);
+  }
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) {
+      float y = sum(even[r][m] + odd[r][m]);
+      if (a.bias) y += load_one(a.bias, type, n0 + r);
+      store_one(a.y, type, (m0 + m) * a.n + n0 + r, y);
+    }
+}
+
+template <Type type, int R>
+static void rows(const Linear& a, int64_t n0) {
+  constexpr int kMost = kLanes == 16 ? 4 : 2;  // sums that fit the registers beside R weights
+  int64_t m = 0;
+  for (; m + kMost <= a.m; m += kMost) block<type, R, kMost>(a, n0, m);
+  if constexpr (kMost == 4) {
+    if (a.m - m == 3) block<type, R, 3>(a, n0, m);
+    if (a.m - m == 2) block<type, R, 2>(a, n0, m);
+  }
+  if (a.m - m == 1) block<type, R, 1>(a, n0, m);
+}
+
+template <Type type>
+static void all_rows(const Linear& a, int64_t n0, int64_t n1) {
+  for (; n0 + 4 <= n1; n0 += 4) rows<type, 4>(a, n0);
+  for (; n0 < n1; n0++) rows<type, 1>(a, n0);
+}
+
+void float_rows(const Linear& a, int64_t n0, int64_t n1) {
+  if (a.type == Type::bf16) all_rows<Type::bf16>(a, n0, n1);
+  else if (a.type == Type::fp16) all_rows<Type::fp16>(a, n0, n1);
+  else all_rows<Type::fp32>(a, n0, n1);
+}
+
+void widen_rows(const void* x, Type type, int64_t m, int64_t k, int64_t kpad, bool paired,
+                float* out) {
+  for (int64_t r = 0; r < m; r++, out += kpad) {
+    int64_t i = 0;
+    if (paired) {  // bf16 only
+      const uint16_t* row = (const uint16_t*)x + r * k;
+      for (; i < kpad; i += kStep) {
+        uint16_t edge[kStep] = {};
+        const uint16_t* p = row + i;
+        if (i + kStep > k) p = (const uint16_t*)memcpy(edge, p, i < k ? (k - i) * 2 : 0);
+        store(out + i, bf16_even(load<vu>(p)));
+        store(out + i + kLanes, bf16_odd(load<vu>(p)));
+      }
+    } else {
+      for (; i + kLanes <= k; i += kLanes) store(out + i, load_many(x, type, r * k + i));
+      for (; i < k; i++) out[i] = load_one(x, type, r * k + i);
+      for (; i < kpad; i++) out[i] = 0;
+    }
+  }
+}
+
+// The sum of a buffer as integers: nothing but a stream of reads. bytes: a multiple of 256.
+float read_sum(const void* p, int64_t bytes) {
+  vi a{}, b{}, c{}, d{};
+  constexpr int kBytes = 4 * kLanes;
+  const char* q = (const char*)p;
+  for (int64_t i = 0; i < bytes; i += 4 * kBytes) {
+    a += load<vi>(q + i);
+    b += load<vi>(q + i + kBytes);
+    c += load<vi>(q + i + 2 * kBytes);
+    d += load<vi>(q + i + 3 * kBytes);
+  }
+  return sum(to_float(a + b + c + d));
+}
+
+}  // namespace CPU_LEVEL

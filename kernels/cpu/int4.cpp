@@ -1,0 +1,168 @@
+// y = x W^T with w = (q - 8) s + z: 4-bit codes in tiles, a bf16 scale and zero per row and group.
+//
+// Tile t holds output rows 16 t .. 16 t + 15, group after group: for each 8 columns 64 bytes (byte
+// 4 r + i of row r: column i in the low nibble, column 4 + i in the high one), then the 16 scales
+// and the 16 zeros of the group. One stream of memory, and the form that the VNNI product takes.
+// With x ~ xs * xq in blocks that divide a group,
+//   sum x w = sum over groups of s * (sum over blocks of xs * (xq . q - 8 sum xq)) + z * sum x
+#include "level.h"
+
+namespace CPU_LEVEL {
+
+constexpr int kParams = 64;  // bytes of the scales and zeros of a group
+
+INLINE int64_t tile_bytes(const Linear& a) { return a.kpad * 8 + a.groups * kParams; }
+
+// M rows of x against T tiles: int8 activations.
+template <int M, int T>
+static void quantized(const Linear& a, int64_t tile, int64_t m0) {
+  vf sums[M][T][kParts] = {};
+  const uint8_t* w = (const uint8_t*)a.w + tile * tile_bytes(a);
+  const int64_t stride = tile_bytes(a), per_group = a.group / a.block;
+  const int8_t* xq = a.xq + m0 * a.kpad;
+  for (int64_t g = 0; g < a.groups; g++) {
+    const int64_t begin = g * a.group, end = min(begin + a.group, a.kpad);
+    const uint8_t* codes = w + begin * 8 + g * kParams;
+    const uint8_t* params = codes + (end - begin) * 8;
+    vf scale[T][kParts];
+    UNROLL
+    for (int t = 0; t < T; t++)
+      UNROLL
+      for (int p = 0; p < kParts; p++) {
+        scale[t][p] = bf16_load(params + t * stride + p * kLanes * 2);
+        vf zero = bf16_load(params + t * stride + 32 + p * kLanes * 2);
+        UNROLL
+        for (int m = 0; m < M; m++) sums[m][t][p] += zero * a.group_sum[(m0 + m) * a.groups + g];
+      }
+    int64_t b = g * per_group;
+    for (int64_t k0 = begin; k0 < end; k0 += a.block, b++) {
+      vi dots[M][T][kParts];
+      UNROLL
+      for (int m = 0; m < M; m++)
+        UNROLL
+        for (int t = 0; t < T; t++)
+          UNROLL
+          for (int p = 0; p < kParts; p++) dots[m][t][p] = splat(a.offset[(m0 + m) * a.blocks + b]);
+      const int64_t k1 = min(k0 + a.block, end);
+      for (int64_t k = k0; k < k1; k += 8) {
+        vi low[T][kParts], high[T][kParts];
+        UNROLL
+        for (int t = 0; t < T; t++)
+          UNROLL
+          for (int p = 0; p < kParts; p++) {
+            vi v = load<vi>(codes + t * stride + (k - begin) * 8 + p * kLanes * 4);
+            low[t][p] = v & 0x0f0f0f0f;
+            high[t][p] = (v >> 4) & 0x0f0f0f0f;
+          }
+        UNROLL
+        for (int m = 0; m < M; m++) {
+          int32_t four[2];
+          memcpy(four, xq + m * a.kpad + k, 8);
+          UNROLL
+          for (int t = 0; t < T; t++)
+            UNROLL
+            for (int p = 0; p < kParts; p++) {
+              dots[m][t][p] = dot4(dots[m][t][p], low[t][p], splat(four[0]));
+              dots[m][t][p] = dot4(dots[m][t][p], high[t][p], splat(four[1]));
+            }
+        }
+      }
+      UNROLL
+      for (int m = 0; m < M; m++)
+        UNROLL
+        for (int t = 0; t < T; t++)
+          UNROLL
+          for (int p = 0; p < kParts; p++)
+            sums[m][t][p] +=
+                to_float(dots[m][t][p]) * (scale[t][p] * a.xs[(m0 + m) * a.blocks + b]);
+    }
+  }
+  for (int t = 0; t < T; t++)
+    for (int m = 0; m < M; m++) finish(a, m0 + m, (tile + t) * 16, sums[m][t]);
+}
+
+// The code of nibble i of each 32-bit lane, as fp32.
+INLINE vf nibble(vi v, int i) {
+#if defined(__AVX512F__)  // a table of 16 floats; the upper bits of the index are ignored
+  const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_permutexvar_ps(_mm512_srli_epi32((__m512i)v, 4 * i), table);
+#else
+  return to_float((v >> (4 * i)) & 15);
+#endif
+}
+
+// M rows of x against T tiles: fp32 activations, weights widened in registers.
+template <int M, int T>
+static void exact(const Linear& a, int64_t tile, int64_t m0) {
+  vf sums[M][T][kParts] = {};
+  const uint8_t* w = (const uint8_t*)a.w + tile * tile_bytes(a);
+  const int64_t stride = tile_bytes(a);
+  const float* x = a.x + m0 * a.kpad;
+  for (int64_t g = 0; g < a.groups; g++) {
+    const int64_t begin = g * a.group, end = min(begin + a.group, a.kpad);
+    const uint8_t* codes = w + begin * 8 + g * kParams;
+    const uint8_t* params = codes + (end - begin) * 8;
+    vf dots[M][T][kParts] = {}, more[M][T][kParts] = {};
+    for (int64_t k = begin; k < end; k += 8)
+      UNROLL
+      for (int t = 0; t < T; t++)
+        UNROLL
+        for (int p = 0; p < kParts; p++) {
+          vi v = load<vi>(codes + t * stride + (k - begin) * 8 + p * kLanes * 4);
+          UNROLL
+          for (int i = 0; i < 8; i++) {
+            vf q = nibble(v, i);
+            UNROLL
+            for (int m = 0; m < M; m++) {
+              vf& into = M == 1 && i % 2 ? more[m][t][p] : dots[m][t][p];
+              into += q * x[m * a.kpad + k + i / 2 + i % 2 * 4];
+            }
+          }
+        }
+    UNROLL
+    for (int t = 0; t < T; t++)
+      UNROLL
+      for (int p = 0; p < kParts; p++) {
+        vf scale = bf16_load(params + t * stride + p * kLanes * 2);
+        vf zero = bf16_load(params + t * stride + 32 + p * kLanes * 2);
+        UNROLL
+        for (int m = 0; m < M; m++)
+          sums[m][t][p] += scale * (dots[m][t][p] + more[m][t][p]) +
+                           (zero - 8 * scale) * a.group_sum[(m0 + m) * a.groups + g];
+      }
+  }
+  for (int t = 0; t < T; t++)
+    for (int m = 0; m < M; m++) finish(a, m0 + m, (tile + t) * 16, sums[m][t]);
+}
+
+void int4_tiles(const Linear& a, int64_t t0, int64_t t1, int64_t m0, int64_t m1) {
+  each_tile<kRows>(t0, t1, m0, m1, [&](auto m, auto t, int64_t tile, int64_t row) {
+    quantized<m.value, t.value>(a, tile, row);
+  });
+}
+
+void int4_exact(const Linear& a, int64_t t0, int64_t t1) {
+  each_tile<kExactRows>(t0, t1, 0, a.m, [&](auto m, auto t, int64_t tile, int64_t row) {
+    exact<m.value, t.value>(a, tile, row);
+  });
+}
+
+// fp32 weights of tiles, [16 (tile1 - tile0), k] row-major.
+void int4_widen(const Linear& a, int64_t tile0, int64_t tile1, float* out) {
+  for (int64_t t = tile0; t < tile1; t++)
+    for (int64_t g = 0; g < a.groups; g++) {
+      const int64_t begin = g * a.group, end = min(begin + a.group, a.kpad);
+      const uint8_t* codes = (const uint8_t*)a.w + t * tile_bytes(a) + begin * 8 + g * kParams;
+      const uint8_t* params = codes + (end - begin) * 8;
+      for (int64_t r = 0; r < 16 && t * 16 + r < a.n; r++) {
+        float scale = load_one(params, Type::bf16, r), zero = load_one(params, Type::bf16, 16 + r);
+        float* row = out + ((t - tile0) * 16 + r) * a.k;
+        for (int64_t k = begin; k < min(end, a.k); k++) {
+          int byte = codes[(k - begin) / 8 * 64 + r * 4 + k % 4];
+          row[k] = float((k % 8 < 4 ? byte & 15 : byte >> 4) - 8) * scale + zero;
+        }
+      }
+    }
+}
+
+}  // namespace CPU_LEVEL

@@ -1,0 +1,166 @@
+// y = x (q s)^T: int8 weights in tiles, one scale per row.
+//
+// Tile t holds output rows 16 t .. 16 t + 15; four columns of all 16 rows lie together in 64 bytes,
+// as unsigned bytes q + 128: the form of the VNNI product of unsigned and signed bytes. With
+// x ~ xs * xq in blocks of columns, sum x q = sum over blocks of xs * (xq . (q + 128) - 128 sum xq).
+#include "level.h"
+
+namespace CPU_LEVEL {
+
+// Quantize rows m0 .. m1 of x, in blocks (or whole rows: block = kpad).
+void quantize_rows(const void* x, const Linear& a, const Quantized& out, int64_t m0, int64_t m1) {
+  alignas(64) float values[4096];
+  for (int64_t m = m0; m < m1; m++) {
+    float row_scale = 0;
+    auto widen = [&](int64_t k0, int64_t len) {
+      int64_t real = k0 < a.k ? min(len, a.k - k0) : 0;
+      widen_rows((const char*)x + (m * a.k + k0) * (a.type == Type::fp32 ? 4 : 2), a.type, 1, real,
+                 (len + 15) / 16 * 16, false, values);
+    };
+    auto amax = [&](int64_t len) {
+      vf top{};
+      for (int64_t i = 0; i < len; i += kLanes) {
+        vf v = load<vf>(values + i);
+        top = max(top, max(v, -v));
+      }
+      return max_of(top);
+    };
+    if (out.per_token) {
+      for (int64_t k = 0; k < a.kpad; k += 4096) {
+        int64_t len = min(4096, a.kpad - k);
+        widen(k, len);
+        row_scale = max(row_scale, amax(len));
+      }
+      row_scale = max(row_scale / 127, 1e-5f);
+    }
+    for (int64_t b = 0; b < a.blocks; b++) {
+      int64_t k0 = b * a.block, k1 = min(k0 + a.block, a.kpad);
+      float scale = row_scale;
+      int32_t total = 0;
+      for (int64_t k = k0; k < k1; k += 4096) {
+        int64_t len = min(4096, k1 - k);
+        widen(k, len);
+        if (!out.per_token) scale = amax(len) / 127;
+        vf divisor = splat(scale > 0 ? scale : 1.0f);
+        vi sums{};
+        int8_t codes[4096 + 16];
+        for (int64_t i = 0; i < len; i += kLanes) {
+          vi q = round_to_int(load<vf>(values + i) / divisor);
+          sums += q;
+          typedef int8_t bytes __attribute__((vector_size(kLanes)));
+          store(codes + i, __builtin_convertvector(q, bytes));
+        }
+        memcpy(out.xq + m * a.kpad + k, codes, len);
+        for (int i = 0; i < kLanes; i++) total += sums[i];
+      }
+      out.xs[m * a.blocks + b] = scale;
+      out.offset[m * a.blocks + b] = -out.zero_code * total;
+      if (out.group_sum) {
+        float& sum = out.group_sum[m * a.groups + k0 / a.group];
+        sum = scale * float(total) + (k0 % a.group ? sum : 0);
+      }
+    }
+  }
+}
+
+// M rows of x against T tiles: int8 activations.
+template <int M, int T>
+static void quantized(const Linear& a, int64_t tile, int64_t m0) {
+  vf sums[M][T][kParts] = {};
+  const uint8_t* w = (const uint8_t*)a.w + tile * a.kpad * 16;
+  const int8_t* xq = a.xq + m0 * a.kpad;
+  for (int64_t b = 0; b < a.blocks; b++) {
+    vi dots[M][T][kParts];
+    UNROLL
+    for (int m = 0; m < M; m++)
+      UNROLL
+      for (int t = 0; t < T; t++)
+        UNROLL
+        for (int p = 0; p < kParts; p++) dots[m][t][p] = splat(a.offset[(m0 + m) * a.blocks + b]);
+    int64_t end = min((b + 1) * a.block, a.kpad);
+    for (int64_t k = b * a.block; k < end; k += 4) {
+      vi wv[T][kParts];
+      UNROLL
+      for (int t = 0; t < T; t++)
+        UNROLL
+        for (int p = 0; p < kParts; p++)
+          wv[t][p] = load<vi>(w + (t * a.kpad + k) * 16 + p * kLanes * 4);
+      UNROLL
+      for (int m = 0; m < M; m++) {
+        int32_t four;
+        memcpy(&four, xq + m * a.kpad + k, 4);
+        UNROLL
+        for (int t = 0; t < T; t++)
+          UNROLL
+          for (int p = 0; p < kParts; p++)
+            dots[m][t][p] = dot4(dots[m][t][p], wv[t][p], splat(four));
+      }
+    }
+    UNROLL
+    for (int m = 0; m < M; m++)
+      UNROLL
+      for (int t = 0; t < T; t++)
+        UNROLL
+        for (int p = 0; p < kParts; p++)
+          sums[m][t][p] += to_float(dots[m][t][p]) * a.xs[(m0 + m) * a.blocks + b];
+  }
+  for (int t = 0; t < T; t++)
+    for (int m = 0; m < M; m++) finish(a, m0 + m, (tile + t) * 16, sums[m][t]);
+}
+
+// M rows of x against T tiles: fp32 activations, weights widened in registers.
+template <int M, int T>
+static void exact(const Linear& a, int64_t tile, int64_t m0) {
+  vf sums[M][T][kParts] = {}, more[M][T][kParts] = {};
+  const uint8_t* w = (const uint8_t*)a.w + tile * a.kpad * 16;
+  const float* x = a.x + m0 * a.kpad;
+  for (int64_t k = 0; k < a.kpad; k += 4)
+    UNROLL
+    for (int t = 0; t < T; t++)
+      UNROLL
+      for (int p = 0; p < kParts; p++) {
+        vi v = load<vi>(w + (t * a.kpad + k) * 16 + p * kLanes * 4) ^ int32_t(0x80808080);
+        UNROLL
+        for (int i = 0; i < 4; i++) {
+          vf q = to_float((v << (24 - 8 * i)) >> 24);
+          UNROLL
+          for (int m = 0; m < M; m++) {
+            vf& into = M == 1 && i % 2 ? more[m][t][p] : sums[m][t][p];
+            into += q * x[m * a.kpad + k + i];
+          }
+        }
+      }
+  for (int t = 0; t < T; t++)
+    for (int m = 0; m < M; m++) {
+      UNROLL
+      for (int p = 0; p < kParts; p++) sums[m][t][p] += more[m][t][p];
+      finish(a, m0 + m, (tile + t) * 16, sums[m][t]);
+    }
+}
+
+void int8_tiles(const Linear& a, int64_t t0, int64_t t1, int64_t m0, int64_t m1) {
+  each_tile<kRows>(t0, t1, m0, m1, [&](auto m, auto t, int64_t tile, int64_t row) {
+    quantized<m.value, t.value>(a, tile, row);
+  });
+}
+
+void int8_exact(const Linear& a, int64_t t0, int64_t t1) {
+  each_tile<kExactRows>(t0, t1, 0, a.m, [&](auto m, auto t, int64_t tile, int64_t row) {
+    exact<m.value, t.value>(a, tile, row);
+  });
+}
+
+// fp32 codes of tiles, [16 (tile1 - tile0), k] row-major, times the scales.
+void int8_widen(const Linear& a, int64_t tile0, int64_t tile1, float* out) {
+  for (int64_t t = tile0; t < tile1; t++) {
+    const uint8_t* w = (const uint8_t*)a.w + t * a.kpad * 16;
+    for (int64_t r = 0; r < 16 && t * 16 + r < a.n; r++) {
+      float scale = load_one(a.scales, a.scale_type, t * 16 + r);
+      float* row = out + ((t - tile0) * 16 + r) * a.k;
+      for (int64_t k = 0; k < a.k; k++)
+        row[k] = float(w[k / 4 * 64 + r * 4 + k % 4] - 128) * scale;
+    }
+  }
+}
+
+}  // namespace CPU_LEVEL

@@ -1,0 +1,64 @@
+// What ops.cpp and the kernels of one level (portable, AVX2, AVX-512) know of each other.
+#pragma once
+#include <stdint.h>
+
+enum class Type : int { fp32, bf16, fp16 };
+
+// One product y [m, n] = x [m, k] W^T, in the forms that a kernel may need.
+// Rows of x are padded with zeros to kpad. Quantized x comes in blocks of `block` columns.
+struct Linear {
+  const void* w;           // rows (float) or tiles (int8, int4)
+  const float* x;          // [m, kpad] fp32
+  const float* group_sum;  // [m, groups] sum of x over each group of w (int4)
+  const int8_t* xq;        // [m, kpad] codes of x
+  const float* xs;         // [m, blocks] their scales
+  const int32_t* offset;   // [m, blocks] minus the zero code of w times the sum of the codes of x
+  const void* scales;      // [n] or null
+  const void* bias;        // [n] of `type`, or null
+  void* y;                 // [m, n] of `type`
+  Type type, scale_type;
+  int64_t m, n, k, kpad, block, blocks, group, groups;
+};
+
+// Where quantized rows of activations go; see quantize_rows.
+struct Quantized {
+  int8_t* xq;
+  float* xs;
+  int32_t* offset;
+  float* group_sum;
+  int32_t zero_code;  // of the weight: 128 for int8 tiles, 8 for int4
+  bool per_token;     // true: s = max(amax / 127, 1e-5); false: s = amax / 127 per block
+};
+
+// Attention of one (batch, kv head) over slots [begin, end) of the cache.
+struct Attention {
+  const float* q;              // [rows, d] fp32, times the softmax scale
+  const void *k, *v;           // slot s at k + s * k_stride elements
+  const float *k_scale, *v_scale;  // [slots] for an int8 cache, else null
+  const int64_t* limit;        // [rows] first slot that the row does not see
+  int64_t rows, d, k_stride, v_stride;
+  Type type;                   // of k and v, unless scales are given: then int8
+  float *out, *max, *sum;      // [rows, d] weighted values, [rows] running max and sum
+  float* scratch;              // 2 kAttentionBlock d floats
+};
+
+struct Kernels {
+  const char* name;
+  // x [m, k] -> fp32 [m, kpad], in the order in which float_rows reads it
+  void (*widen_rows)(const void* x, Type, int64_t m, int64_t k, int64_t kpad, bool paired, float*);
+  void (*quantize_rows)(const void* x, const Linear&, const Quantized&, int64_t m0, int64_t m1);
+  void (*float_rows)(const Linear&, int64_t n0, int64_t n1);
+  void (*int8_tiles)(const Linear&, int64_t tile0, int64_t tile1, int64_t m0, int64_t m1);
+  void (*int8_exact)(const Linear&, int64_t tile0, int64_t tile1);
+  void (*int8_widen)(const Linear&, int64_t tile0, int64_t tile1, float* out);
+  void (*int4_tiles)(const Linear&, int64_t tile0, int64_t tile1, int64_t m0, int64_t m1);
+  void (*int4_exact)(const Linear&, int64_t tile0, int64_t tile1);
+  void (*int4_widen)(const Linear&, int64_t tile0, int64_t tile1, float* out);
+  void (*attend)(const Attention&, int64_t begin, int64_t end);
+  // parts [pairs, splits, rows (d + 2)] of attend() -> y [pairs, rows, d]
+  void (*merge)(const float* parts, int64_t pairs, int64_t splits, int64_t rows, int64_t d, Type,
+                void* y);
+  float (*read_sum)(const void* p, int64_t bytes);
+};
+
+constexpr int kAttentionBlock = 32;  // cache slots that attend() takes at a time

@@ -1,0 +1,11 @@
+// The table of one level's kernels.
+#include "level.h"
+
+namespace CPU_LEVEL {
+#define STRING_(x) #x
+#define STRING(x) STRING_(x)
+extern const Kernels kernels{
+    STRING(CPU_LEVEL), widen_rows, quantize_rows, float_rows, int8_tiles, int8_exact, int8_widen,
+    int4_tiles,        int4_exact, int4_widen,    attend,     merge,      read_sum,
+};
+}  // namespace CPU_LEVEL

@@ -1,0 +1,43 @@
+// The kernels of one level, each defined in the file named after its format.
+#pragma once
+#include "simd.h"
+
+namespace CPU_LEVEL {
+void widen_rows(const void*, Type, int64_t m, int64_t k, int64_t kpad, bool paired, float* out);
+void quantize_rows(const void* x, const Linear&, const Quantized&, int64_t m0, int64_t m1);
+void float_rows(const Linear&, int64_t n0, int64_t n1);
+void int8_tiles(const Linear&, int64_t tile0, int64_t tile1, int64_t m0, int64_t m1);
+void int8_exact(const Linear&, int64_t tile0, int64_t tile1);
+void int8_widen(const Linear&, int64_t tile0, int64_t tile1, float* out);
+void int4_tiles(const Linear&, int64_t tile0, int64_t tile1, int64_t m0, int64_t m1);
+void int4_exact(const Linear&, int64_t tile0, int64_t tile1);
+void int4_widen(const Linear&, int64_t tile0, int64_t tile1, float* out);
+void attend(const Attention&, int64_t begin, int64_t end);
+void merge(const float* parts, int64_t pairs, int64_t splits, int64_t rows, int64_t d, Type,
+           void* y);
+float read_sum(const void*, int64_t bytes);
+
+constexpr int kTiles = kLanes == 16 ? 2 : 1;  // tiles and rows of x whose sums fit the registers
+constexpr int kRows = kLanes == 16 ? 6 : 2;
+constexpr int kExactRows = kLanes == 16 ? 4 : 2;
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// f(Int<rows>, Int<tiles>, tile, row) over tiles [t0, t1) and rows [m0, m1), R rows at most a call.
+template <int R, int T, class F>
+INLINE void each_row(int64_t tile, int64_t m0, int64_t m1, const F& f) {
+  for (; m0 + R <= m1; m0 += R) f(Int<R>{}, Int<T>{}, tile, m0);
+  if constexpr (R > 1)
+    if (m0 < m1) each_row<R - 1, T>(tile, m0, m1, f);
+}
+
+template <int R, class F>
+INLINE void each_tile(int64_t t0, int64_t t1, int64_t m0, int64_t m1, const F& f) {
+  for (; t0 + kTiles <= t1; t0 += kTiles) each_row<R, kTiles>(t0, m0, m1, f);
+  for (; t0 < t1; t0++) each_row<R, 1>(t0, m0, m1, f);
+}
+
+}  // namespace CPU_LEVEL

@@ -1,0 +1,307 @@
+// The products as operators: checks, the activations' form, and the split over threads.
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include "ops.h"
+
+using at::Tensor;
+using OptTensor = const std::optional<Tensor>&;
+
+namespace {
+
+constexpr int64_t kFewRows = 16;      // up to here the float paths stream the weight themselves
+constexpr int64_t kPanelRows = 512;   // rows of W that are widened at a time for many rows of x
+constexpr int64_t kBytesPerThread = 32768;  // less than this is not worth waking a thread for
+
+int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The part of a call that all formats share. Holds x and the bias while the kernels read them.
+struct Call {
+  Tensor x, bias, scales, y;
+  Linear a{};
+
+  Call(const Tensor& input, OptTensor bias_, OptTensor scales_, int64_t n, int64_t k) {
+    check_cpu(input, "x");
+    TORCH_CHECK_VALUE(n >= 0 && k >= 0 && input.dim() >= 1 && input.size(-1) == k, "x ",
+                      input.sizes(), " does not fit a weight of ", n, " x ", k);
+    x = input.contiguous();
+    a.type = type_of(x);
+    a.n = n;
+    a.k = a.kpad = k;
+    auto shape = x.sizes().vec();
+    a.m = 1;
+    for (size_t i = 0; i + 1 < shape.size(); i++) a.m *= shape[i];
+    shape.back() = n;
+    y = at::empty(shape, x.options());
+    a.y = y.mutable_data_ptr();
+    if (bias_) {
+      check_cpu(*bias_, "bias");
+      TORCH_CHECK_VALUE(bias_->dim() == 1 && bias_->size(0) == n, "bias must be [", n, "]");
+      bias = bias_->to(x.scalar_type()).contiguous();
+      a.bias = bias.const_data_ptr();
+    }
+    if (scales_) {
+      check_cpu(*scales_, "scales");
+      TORCH_CHECK_VALUE(scales_->numel() == n, "scales must have ", n, " entries");
+      scales = scales_->contiguous();
+      a.scales = scales.const_data_ptr();
+      a.scale_type = type_of(scales);
+    }
+  }
+
+  bool empty() const { return a.m == 0 || a.n == 0; }
+  int64_t tiles() const { return div_up(a.n, 16); }
+
+  // f(first, last) over tiles, in pairs, on as many threads as the weight is worth.
+  template <class F>
+  void over_tiles(int64_t bytes_per_tile, const F& f) const {
+    int64_t work = std::max<int64_t>(bytes_per_tile * 2 * std::max<int64_t>(1, a.m / 4), 1);
+    at::parallel_for(0, div_up(tiles(), 2), div_up(kBytesPerThread, work), [&](int64_t i, int64_t j) {
+      f(i * 2, std::min(j * 2, tiles()));
+    });
+  }
+
+  // Many rows: W in fp32 panels of kPanelRows (widen(first tile, last tile, out)), then fp32 products.
+  template <class F>
+  void through_panels(const F& widen) {
+    Tensor rows = x.reshape({a.m, a.k}).to(at::kFloat);
+    Tensor panel = at::empty({std::min(a.n, kPanelRows), a.k}, rows.options());
+    Tensor out = y.view({a.m, a.n});
+    for (int64_t n = 0; n < a.n; n += kPanelRows) {
+      int64_t count = std::min(kPanelRows, a.n - n), first = n / 16;
+      float* to = panel.mutable_data_ptr<float>();
+      at::parallel_for(0, div_up(count, 16), 4, [&](int64_t i, int64_t j) {
+        widen(first + i, first + j, to + i * 16 * a.k);
+      });
+      Tensor part = at::mm(rows, panel.narrow(0, 0, count).t());
+      if (bias.defined()) part.add_(bias.narrow(0, n, count));
+      out.narrow(1, n, count).copy_(part);
+    }
+  }
+};
+
+Tensor float_linear(const Tensor& x, const Tensor& weight, OptTensor bias) {
+  check_cpu(weight, "weight");
+  TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be [N, K]");
+  TORCH_CHECK_TYPE(x.scalar_type() == weight.scalar_type(), "x is ", x.scalar_type(),
+                   " but the weight is ", weight.scalar_type());
+  int64_t n = weight.size(0), k = weight.size(1);
+  if (k > 0 && x.numel() > kFewRows * k) return at::linear(x, weight, bias);
+  Call call(x, bias, std::nullopt, n, k);
+  if (call.empty()) return call.y;
+  Linear& a = call.a;
+  Tensor rows = weight.contiguous();
+  a.w = rows.const_data_ptr();
+  a.kpad = div_up(k, 32) * 32;
+  Scratch scratch(Scratch::round_up(a.m * a.kpad * 4));
+  float* wide = scratch.take<float>(a.m * a.kpad);
+  kernels().widen_rows(call.x.const_data_ptr(), a.type, a.m, k, a.kpad, a.type == Type::bf16, wide);
+  a.x = wide;
+  int64_t bytes = std::max<int64_t>(4 * k * rows.element_size(), 1);
+  at::parallel_for(0, div_up(n, 4), div_up(kBytesPerThread, bytes), [&](int64_t i, int64_t j) {
+    kernels().float_rows(a, i * 4, std::min(j * 4, n));
+  });
+  return call.y;
+}
+
+// Quantize x once, then let all threads use it.
+template <class F>
+void with_quantized(Call& call, int32_t zero_code, bool per_token, bool group_sums, const F& f) {
+  Linear& a = call.a;
+  a.blocks = div_up(a.kpad, a.block);
+  int64_t per_row = Scratch::round_up(a.kpad) + Scratch::round_up(a.blocks * 8) + a.groups * 4 + 64;
+  Scratch scratch(a.m * per_row + 256);
+  Quantized q{scratch.take<int8_t>(a.m * a.kpad), scratch.take<float>(a.m * a.blocks),
+              scratch.take<int32_t>(a.m * a.blocks), nullptr, zero_code, per_token};
+  if (group_sums) q.group_sum = scratch.take<float>(a.m * a.groups);
+  const void* x = call.x.const_data_ptr();
+  at::parallel_for(0, a.m, div_up(16384, std::max<int64_t>(a.k, 1)), [&](int64_t i, int64_t j) {
+    kernels().quantize_rows(x, a, q, i, j);
+  });
+  a.xq = q.xq;
+  a.xs = q.xs;
+  a.offset = q.offset;
+  a.group_sum = q.group_sum;
+  f();
+}
+
+void check_tiles(const Tensor& tiles, int64_t bytes) {
+  check_cpu(tiles, "tiles");
+  TORCH_CHECK_VALUE(tiles.scalar_type() == at::kByte && tiles.is_contiguous() &&
+                        tiles.numel() == bytes,
+                    "tiles must be ", bytes, " contiguous bytes, as the repack operator makes them");
+}
+
+int64_t int8_tile_bytes(int64_t k) { return div_up(k, 4) * 64; }
+
+Tensor int8_repack(const Tensor& codes) {
+  check_cpu(codes, "codes");
+  TORCH_CHECK_VALUE(codes.dim() == 2 && codes.scalar_type() == at::kChar, "codes must be int8 [N, K]");
+  Tensor from = codes.contiguous();
+  int64_t n = from.size(0), k = from.size(1), bytes = int8_tile_bytes(k);
+  Tensor tiles = at::empty({div_up(n, 16), bytes}, from.options().dtype(at::kByte));
+  const int8_t* p = from.const_data_ptr<int8_t>();
+  uint8_t* out = tiles.mutable_data_ptr<uint8_t>();
+  at::parallel_for(0, tiles.size(0), 1, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; t++) {
+      memset(out + t * bytes, 128, bytes);
+      for (int64_t r = 0; r < std::min<int64_t>(16, n - t * 16); r++)
+        for (int64_t c = 0; c < k; c++)
+          out[t * bytes + c / 4 * 64 + r * 4 + c % 4] = uint8_t(p[(t * 16 + r) * k + c]) ^ 128;
+    }
+  });
+  return tiles;
+}
+
+void quantized_int8(Call& call, bool per_token) {
+  Linear& a = call.a;
+  a.block = per_token ? std::max<int64_t>(a.kpad, 4) : 64;
+  with_quantized(call, 128, per_token, false, [&] {
+    call.over_tiles(int8_tile_bytes(a.k),
+                    [&](int64_t i, int64_t j) { kernels().int8_tiles(a, i, j, 0, a.m); });
+  });
+}
+
+// fp32 rows of x for the exact paths.
+template <class F>
+void with_wide(Call& call, const F& f) {
+  Linear& a = call.a;
+  Scratch scratch(Scratch::round_up(a.m * a.kpad * 4) + Scratch::round_up(a.m * a.groups * 4));
+  float* wide = scratch.take<float>(a.m * a.kpad);
+  kernels().widen_rows(call.x.const_data_ptr(), a.type, a.m, a.k, a.kpad, false, wide);
+  a.x = wide;
+  float* sums = scratch.take<float>(a.m * a.groups);
+  for (int64_t m = 0; m < a.m; m++)
+    for (int64_t g = 0; g < a.groups; g++) {
+      float total = 0;
+      for (int64_t k = g * a.group; k < std::min((g + 1) * a.group, a.kpad); k++)
+        total += wide[m * a.kpad + k];
+      sums[m * a.groups + g] = total;
+    }
+  a.group_sum = sums;
+  f();
+}
+
+Tensor int8_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, OptTensor bias,
+                   int64_t n, int64_t k, bool exact) {
+  Call call(x, bias, scales, n, k);
+  check_tiles(tiles, div_up(n, 16) * int8_tile_bytes(k));
+  if (call.empty()) return call.y;
+  Linear& a = call.a;
+  a.w = tiles.const_data_ptr();
+  a.kpad = div_up(k, 4) * 4;
+  if (!exact) {
+    quantized_int8(call, false);
+  } else if (a.m <= kFewRows || k == 0) {
+    with_wide(call, [&] {
+      call.over_tiles(int8_tile_bytes(k),
+                      [&](int64_t i, int64_t j) { kernels().int8_exact(a, i, j); });
+    });
+  } else {
+    call.through_panels([&](int64_t i, int64_t j, float* to) { kernels().int8_widen(a, i, j, to); });
+  }
+  return call.y;
+}
+
+Tensor int8dq_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, OptTensor bias,
+                     int64_t n, int64_t k) {
+  TORCH_CHECK_VALUE(k <= 65536, "int8dq sums in 32 bits: K must be at most 65536, not ", k);
+  Call call(x, bias, scales, n, k);
+  check_tiles(tiles, div_up(n, 16) * int8_tile_bytes(k));
+  if (call.empty()) return call.y;
+  call.a.w = tiles.const_data_ptr();
+  call.a.kpad = div_up(k, 4) * 4;
+  quantized_int8(call, true);
+  return call.y;
+}
+
+int64_t int4_tile_bytes(int64_t k, int64_t group) {
+  TORCH_CHECK_VALUE(group >= 8 && group % 8 == 0, "group size ", group, " is not a multiple of 8");
+  return div_up(k, 8) * 64 + div_up(k, group) * 64;
+}
+
+Tensor int4_repack(const Tensor& codes, const Tensor& scales, const Tensor& zeros, int64_t k,
+                   int64_t group) {
+  for (const Tensor& t : {codes, scales, zeros}) check_cpu(t, "the weight");
+  int64_t n = codes.size(0), bytes = int4_tile_bytes(k, group), groups = div_up(k, group);
+  TORCH_CHECK_VALUE(codes.dim() == 2 && codes.scalar_type() == at::kByte &&
+                        codes.size(1) == div_up(k, 2), "codes must be uint8 [N, ceil(K / 2)]");
+  for (const Tensor& t : {scales, zeros})
+    TORCH_CHECK_VALUE(t.scalar_type() == at::kBFloat16 && t.sizes() == at::IntArrayRef({n, groups}),
+                      "scales and zeros must be bf16 [", n, ", ", groups, "]");
+  Tensor from = codes.contiguous(), s = scales.contiguous(), z = zeros.contiguous();
+  Tensor tiles = at::empty({div_up(n, 16), bytes}, codes.options());
+  const uint8_t* p = from.const_data_ptr<uint8_t>();
+  const auto* sp = static_cast<const uint16_t*>(s.const_data_ptr());
+  const auto* zp = static_cast<const uint16_t*>(z.const_data_ptr());
+  uint8_t* out = tiles.mutable_data_ptr<uint8_t>();
+  at::parallel_for(0, tiles.size(0), 1, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; t++) {
+      uint8_t* tile = out + t * bytes;
+      memset(tile, 0, bytes);
+      for (int64_t r = 0; r < std::min<int64_t>(16, n - t * 16); r++) {
+        int64_t row = t * 16 + r;
+        for (int64_t c = 0; c < k; c++) {
+          int code = p[row * div_up(k, 2) + c / 2] >> (c % 2 * 4) & 15;
+          tile[(c / 8 + c / group) * 64 + r * 4 + c % 4] |= code << (c % 8 / 4 * 4);
+        }
+        for (int64_t g = 0; g < groups; g++) {
+          int64_t columns = std::min((g + 1) * group, div_up(k, 8) * 8);
+          auto* params = reinterpret_cast<uint16_t*>(tile + (columns / 8 + g) * 64);
+          params[r] = sp[row * groups + g];
+          params[16 + r] = zp[row * groups + g];
+        }
+      }
+    }
+  });
+  return tiles;
+}
+
+Tensor int4_linear(const Tensor& x, const Tensor& tiles, OptTensor bias, int64_t n, int64_t k,
+                   int64_t group, bool exact) {
+  Call call(x, bias, std::nullopt, n, k);
+  int64_t bytes = int4_tile_bytes(k, group);
+  check_tiles(tiles, div_up(n, 16) * bytes);
+  if (call.empty()) return call.y;
+  Linear& a = call.a;
+  a.w = tiles.const_data_ptr();
+  a.kpad = div_up(k, 8) * 8;
+  a.group = group;
+  a.groups = div_up(k, group);
+  for (a.block = std::min<int64_t>(group, 64); group % a.block; a.block -= 8) {}
+  if (!exact) {
+    with_quantized(call, 8, false, true, [&] {
+      call.over_tiles(bytes, [&](int64_t i, int64_t j) { kernels().int4_tiles(a, i, j, 0, a.m); });
+    });
+  } else if (a.m <= kFewRows || k == 0) {
+    with_wide(call, [&] {
+      call.over_tiles(bytes, [&](int64_t i, int64_t j) { kernels().int4_exact(a, i, j); });
+    });
+  } else {
+    call.through_panels([&](int64_t i, int64_t j, float* to) { kernels().int4_widen(a, i, j, to); });
+  }
+  return call.y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(flatllama, m) {
+  m.def("float_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("int8_repack(Tensor codes) -> Tensor");
+  m.def("int8_linear(Tensor x, Tensor tiles, Tensor scales, Tensor? bias, int N, int K, bool exact)"
+        " -> Tensor");
+  m.def("int8dq_linear(Tensor x, Tensor tiles, Tensor scales, Tensor? bias, int N, int K) -> Tensor");
+  m.def("int4_repack(Tensor codes, Tensor scales, Tensor zeros, int K, int groupsize) -> Tensor");
+  m.def("int4_linear(Tensor x, Tensor tiles, Tensor? bias, int N, int K, int groupsize, bool exact)"
+        " -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(flatllama, CPU, m) {
+  m.impl("float_linear", float_linear);
+  m.impl("int8_repack", int8_repack);
+  m.impl("int8_linear", int8_linear);
+  m.impl("int8dq_linear", int8dq_linear);
+  m.impl("int4_repack", int4_repack);
+  m.impl("int4_linear", int4_linear);
+}

@@ -1,0 +1,253 @@
+"""Every CPU kernel at every level against fp64 references, on regular and ragged shapes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import native
+
+ops = torch.ops.flatllama
+ROWS = [1, 2, 7, 16, 17, 100]
+SHAPES = [(96, 576), (35, 100), (16, 64), (1, 1), (50, 77), (7, 8), (130, 257)]  # N, K
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library():
+    if not native.load():
+        pytest.skip("no C++ compiler")
+    yield
+    native.set_cpu_level("best")
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def level(request):
+    try:
+        return native.set_cpu_level(request.param)
+    except (ValueError, RuntimeError):
+        pytest.skip(f"this CPU has no {request.param}")
+
+
+def close(y, want, dtype, tolerance=None):
+    """Within the rounding of the result's dtype (or `tolerance`), relative to the largest value."""
+    eps = tolerance or {torch.float32: 3e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
+    assert y.dtype == dtype
+    error = (y.double() - want).abs().max() if want.numel() else 0
+    assert error <= eps * max(want.abs().max().item() if want.numel() else 0, 1e-3)
+
+
+def make(m, n, k, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed + m + n + k)
+    x = torch.randn(m, k, generator=generator).to(dtype)
+    bias = torch.randn(n, generator=generator).to(dtype)
+    return x, bias, generator
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", ROWS)
+def test_float_linear(level, m, dtype):
+    for n, k in SHAPES:
+        x, bias, generator = make(m, n, k, dtype)
+        w = torch.randn(n, k, generator=generator).to(dtype)
+        want = x.double() @ w.double().T
+        close(ops.float_linear(x, w, None), want, dtype)
+        close(ops.float_linear(x, w, bias), want + bias.double(), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", ROWS)
+def test_int8_linear(level, m, dtype):
+    for n, k in SHAPES:
+        x, bias, generator = make(m, n, k, dtype)
+        q = torch.randint(-128, 128, (n, k), generator=generator, dtype=torch.int8)
+        scales = torch.rand(n, generator=generator).to(dtype)
+        want = x.double() @ (q.double() * scales.double()[:, None]).T + bias.double()
+        tiles = ops.int8_repack(q)
+        close(ops.int8_linear(x, tiles, scales, bias, n, k, True), want, dtype)
+        y = ops.int8_linear(x, tiles, scales.float(), bias, n, k, False)
+        close(y, rounded(x, 64) @ (q.double() * scales.double()[:, None]).T + bias.double(), dtype)
+
+
+def rounded(x, block):
+    """x rounded to int8 in blocks of columns, as the kernels round it. fp64."""
+    parts = []
+    for part in x.float().split(block, dim=-1):
+        scale = part.abs().amax(-1, keepdim=True) / 127
+        parts.append(torch.round(part / torch.where(scale > 0, scale, 1)).double() * scale)
+    return torch.cat(parts, -1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", ROWS)
+def test_int8dq_linear(level, m, dtype):
+    for n, k in [*SHAPES, (20, 5000)]:
+        x, bias, generator = make(m, n, k, dtype)
+        q = torch.randint(-128, 128, (n, k), generator=generator, dtype=torch.int8)
+        scales = torch.rand(n, generator=generator).to(dtype)
+        s = (x.float().abs().amax(-1, keepdim=True) / 127).clamp(min=1e-5)
+        want = torch.round(x.float() / s).double() @ q.double().T  # int32: exact
+        want = want * s.double() * scales.double() + bias.double()
+        close(ops.int8dq_linear(x, ops.int8_repack(q), scales, bias, n, k), want, dtype)
+
+
+@pytest.mark.parametrize("groupsize", [8, 32, 64, 72, 256])
+@pytest.mark.parametrize("m", ROWS)
+def test_int4_linear(level, m, groupsize):
+    dtype = DTYPES[m % 3]
+    for n, k in SHAPES:
+        x, bias, generator = make(m, n, k, dtype)
+        q = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
+        packed = torch.nn.functional.pad(q, (0, k % 2))
+        packed = packed[:, ::2] | packed[:, 1::2] << 4
+        groups = -(-k // groupsize)
+        scales = torch.rand(n, groups, generator=generator).bfloat16()
+        zeros = torch.randn(n, groups, generator=generator).bfloat16()
+        s, z = (p.double().repeat_interleave(groupsize, 1)[:, :k] for p in (scales, zeros))
+        w = (q.double() - 8) * s + z
+        tiles = ops.int4_repack(packed, scales, zeros, k, groupsize)
+        want = x.double() @ w.T + bias.double()
+        close(ops.int4_linear(x, tiles, bias, n, k, groupsize, True), want, dtype)
+        block = next(b for b in range(min(groupsize, 64), 0, -8) if groupsize % b == 0)
+        want = rounded(x, block) @ w.T + bias.double()
+        close(ops.int4_linear(x, tiles, bias, n, k, groupsize, False), want, dtype)
+
+
+@pytest.mark.parametrize("m", [1, 40])
+def test_extreme_inputs(level, m):
+    """Zero rows, rows of one sign at the largest codes, and tiny and large magnitudes."""
+    n, k = 32, 256
+    q = torch.full((n, k), -128, dtype=torch.int8)
+    q[::2] = 127
+    tiles, ones = ops.int8_repack(q), torch.ones(n)
+    for value in (0.0, 1.0, -1.0, 1e-30, 1e30):
+        x = torch.full((m, k), value)
+        want = x.double() @ q.double().T
+        for exact in (True, False):
+            close(ops.int8_linear(x, tiles, ones, None, n, k, exact), want, x.dtype)
+
+
+def test_leading_dimensions_strides_and_empties(level):
+    w = torch.randn(40, 24)
+    x = torch.randn(24, 3, 2).permute(2, 1, 0)  # [2, 3, 24], not contiguous
+    close(ops.float_linear(x, w, None), x.double() @ w.double().T, torch.float32)
+    close(ops.float_linear(x[:1, :1], w.T.contiguous().T, None), x[:1, :1].double() @ w.double().T,
+          torch.float32)  # fmt: skip
+    q = torch.randint(-128, 128, (40, 24), dtype=torch.int8)
+    want = x.double() @ q.double().T
+    tiles = ops.int8_repack(q)
+    close(ops.int8_linear(x, tiles, torch.ones(40), None, 40, 24, True), want, torch.float32)
+    assert ops.int8_linear(x[:, :0], tiles, torch.ones(40), None, 40, 24, False).shape == (2, 0, 40)
+    assert ops.float_linear(x, w[:0], None).shape == (2, 3, 0)
+    assert (ops.float_linear(torch.ones(2, 0), torch.ones(3, 0), torch.ones(3)) == 1).all()
+
+
+def attention_reference(q, k, v, start, scale):
+    heads = q.shape[1] // k.shape[1]
+    k, v = (c.double().repeat_interleave(heads, 1) for c in (k, v))
+    seen = start[:, None, None] + torch.arange(q.shape[2])[None, :, None]  # [B, T, 1]
+    hidden = torch.arange(k.shape[2])[None, None, :] > seen
+    scores = (q.double() @ k.mT * scale).masked_fill(hidden[:, None], -torch.inf)
+    return scores.softmax(-1) @ torch.nan_to_num(v)
+
+
+ATTENTION = [  # B, H, Hkv, T, S, D, start
+    (1, 9, 3, 1, 700, 64, [650]), (2, 4, 4, 1, 64, 80, [0, 63]), (1, 8, 1, 5, 200, 128, [33]),
+    (3, 6, 2, 16, 90, 17, [0, 70, 1]), (1, 2, 1, 100, 130, 32, [0]), (2, 4, 2, 70, 300, 64, [0, 200]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_attention(level, case, dtype):
+    b, h, hkv, t, s, d, start = case
+    generator = torch.Generator().manual_seed(s)
+    q = torch.randn(b, h, t, d, generator=generator).to(dtype)
+    k, v = (torch.randn(b, hkv, s, d, generator=generator).to(dtype) for _ in range(2))
+    start = torch.tensor(start)
+    for i, n in enumerate((start + t).tolist()):  # unfilled slots must never be touched
+        k[i, :, n:] = v[i, :, n:] = torch.nan
+    y = ops.attention(q, k, v, start)
+    clean = torch.nan_to_num(k), torch.nan_to_num(v)
+    close(y, attention_reference(q, *clean, start, d**-0.5), dtype)
+    y = ops.attention(q, k, v, start, softmax_scale=0.3)
+    close(y, attention_reference(q, *clean, start, 0.3), dtype)
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_attention_int8_cache(level, case):
+    b, h, hkv, t, s, d, start = case
+    generator = torch.Generator().manual_seed(s)
+    q = torch.randn(b, h, t, d, generator=generator).bfloat16()
+    k, v = (torch.randint(-127, 128, (b, hkv, s, d), generator=generator) for _ in range(2))
+    ks, vs = (torch.rand(b, hkv, s, 1, generator=generator) / 100 for _ in range(2))
+    y = ops.attention(q, k.to(torch.int8), v.to(torch.int8), torch.tensor(start), ks, vs)
+    want = attention_reference(q, k * ks.double(), v * vs.double(), torch.tensor(start), d**-0.5)
+    close(y, want, q.dtype)
+
+
+def test_threads_do_not_change_results():
+    x, bias, generator = make(3, 200, 640, torch.bfloat16)
+    w = torch.randn(200, 640, generator=generator).bfloat16()
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(ops.float_linear(x, w, bias))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_bad_arguments_are_refused():
+    x, q = torch.randn(2, 16), torch.zeros(8, 16, dtype=torch.int8)
+    tiles, scales = ops.int8_repack(q), torch.ones(8)
+    for call in (
+        lambda: ops.int8_linear(x, tiles, scales, None, 8, 17, True),
+        lambda: ops.int8_linear(x, tiles, scales, None, 40, 16, True),
+        lambda: ops.int8_linear(x, tiles[:, :-1], scales, None, 8, 16, True),
+        lambda: ops.int8_linear(x, tiles, scales[:4], None, 8, 16, True),
+        lambda: ops.int4_linear(x, tiles, None, 8, 16, 12, True),
+        lambda: ops.float_linear(x, torch.randn(4, 15), None),
+        lambda: ops.float_linear(x, torch.randn(4, 16).bfloat16(), None),
+        lambda: ops.attention(*[torch.randn(1, 1, 4, 8)] * 3, torch.tensor([1])),
+        lambda: ops.attention(*[torch.randn(1, 1, 4, 8)] * 3, torch.tensor([-1])),
+        lambda: native.set_cpu_level("sse9"),
+    ):
+        with pytest.raises((ValueError, TypeError, RuntimeError, IndexError)):
+            call()
+
+
+def test_fakes_give_the_same_shapes():
+    x, bias, _ = make(3, 24, 40, torch.bfloat16)
+    codes, packed = torch.zeros(24, 40, dtype=torch.int8), torch.zeros(24, 20, dtype=torch.uint8)
+    params = torch.ones(24, 2, dtype=torch.bfloat16)
+    tiles8, tiles4 = ops.int8_repack(codes), ops.int4_repack(packed, params, params, 40, 32)
+    cache, start = torch.zeros(1, 2, 8, 16), torch.tensor([3])
+    for op, args in (
+        (ops.float_linear, (x, torch.zeros(24, 40).bfloat16(), bias)),
+        (ops.int8_repack, (codes,)),
+        (ops.int8_linear, (x, tiles8, bias, None, 24, 40, False)),
+        (ops.int8dq_linear, (x, tiles8, bias, None, 24, 40)),
+        (ops.int4_repack, (packed, params, params, 40, 32)),
+        (ops.int4_linear, (x, tiles4, bias, 24, 40, 32, False)),
+        (ops.attention, (torch.zeros(1, 4, 2, 16), cache, cache, start)),
+    ):
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(op.default, args, test_utils=checks)
+
+
+def test_read_bandwidth():
+    assert native.read_bandwidth(1 << 20, 1) > 1e6
+
+
+def test_without_a_compiler_one_line_and_false():
+    code = "from kernels import native; print(native.load(), native.loaded())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        cwd=Path(__file__).parent.parent, env={**os.environ, "CXX": "no-such-compiler"},
+    )  # fmt: skip
+    assert done.stdout.split() == ["False", "False"], done.stderr
+    assert done.stderr.count("\n") == 1 and "compiler" in done.stderr
