@@ -181,7 +181,7 @@ def _open_directory(path: Path) -> Checkpoint:
         if not (path / shard).exists():
             raise UserError(f"{path} has no {shard}: the download is incomplete")
         files |= dict.fromkeys(_names(path / shard)[0], path / shard)
-    return Checkpoint(path, path, config, {}, files)
+    return _checked(Checkpoint(path, path, config, {}, files))
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -204,7 +204,14 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
                 raise UserError(f"{path} uses the unknown format {settings['format']!r}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: malformed header ({error!r})") from None
-    return Checkpoint(path, path.parent, config, header, dict.fromkeys(names, path))
+    return _checked(Checkpoint(path, path.parent, config, header, dict.fromkeys(names, path)))
+
+
+def _checked(checkpoint: Checkpoint) -> Checkpoint:
+    if checkpoint.config.n_layers > len(checkpoint.files):
+        layers, count = checkpoint.config.n_layers, len(checkpoint.files)
+        raise UserError(f"{checkpoint.path}: {layers} layers announced, but only {count} tensors")
+    return checkpoint
 
 
 def build_model(config: ModelConfig, layers: dict[str, dict], dtype: torch.dtype) -> Transformer:

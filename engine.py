@@ -192,13 +192,14 @@ class Engine:
         prompts: list[list[int]],
         max_new_tokens: int,
         eos_ids: frozenset[int] | set[int] = frozenset(),
-        on_token: Callable[[list[int]], None] | None = None,
+        on_token: Callable[[list[int | None]], None] | None = None,
     ) -> Result:
         """Continue every prompt until its own end-of-sequence token or `max_new_tokens`.
 
         Args:
             prompts: as many as the engine's batch, each at least one token.
-            on_token: called with the newest token of each row as they come.
+            on_token: called with the newest token of each row as they come, None for a row that
+                has ended.
 
         Returns:
             Result; its token_ids hold the new tokens, the closing EOS left out.
@@ -209,13 +210,13 @@ class Engine:
         done = [False] * len(prompts)
 
         def take(token: Tensor) -> bool:
-            newest = token[:, 0].tolist()  # waits for the step before last, never for the last
+            newest = token[:, 0].tolist()  # waits for the step before the one that runs now
             for row, t in enumerate(newest):
                 done[row] |= t in eos_ids
                 if not done[row]:
                     outputs[row].append(t)
             if on_token and not all(done):
-                on_token(newest)
+                on_token([None if d else t for t, d in zip(newest, done, strict=True)])
             return all(done)
 
         u = self.uniforms(max_new_tokens)

@@ -51,7 +51,7 @@ def load(args: argparse.Namespace, random_name: str | None = None):
         torch.set_num_threads(args.threads)
     if args.device == "cpu":
         native.load()
-        native.set_exact_activations(args.exact_activations)
+        native.exact_activations(args.exact_activations or None)
     dtype = PRECISIONS.get(args.precision)
     mode = parse_mode(args.quantization, args.groupsize) if args.quantization else None
     if random_name is not None:
@@ -62,7 +62,8 @@ def load(args: argparse.Namespace, random_name: str | None = None):
     if mode and checkpoint.header.get("layers"):
         raise UserError(f"{checkpoint.path} is quantized already: leave --quantization out")
     model = load_model(checkpoint, args.device, dtype)
-    name = checkpoint.header.get("mode") or {v: k for k, v in FLOAT_MODES.items()}[model.dtype]
+    names = {dtype: name for name, dtype in FLOAT_MODES.items()}
+    name = checkpoint.header.get("mode") or names[model.tok_embeddings.weight.dtype]
     if mode:
         head = head_mode(mode, None)
         quantize_(model, str(mode), mode.groupsize, skip=lambda n: n == "output")
@@ -157,11 +158,12 @@ class Streamer:
     def __init__(self, tokenizer: Tokenizer):
         self.decoder = StreamDecoder(tokenizer)
 
-    def __call__(self, newest: list[int]) -> None:
-        print(self.decoder.push(newest[0]), end="", flush=True)
+    def __call__(self, newest: list[int | None]) -> None:
+        if newest[0] is not None:
+            print(self.decoder.push(newest[0]), end="", flush=True)
 
     def close(self) -> None:
-        print(self.decoder.flush(), flush=True)
+        print(self.decoder.finish(), flush=True)
 
 
 def chat(engine: Engine, tokenizer: Tokenizer, max_new_tokens: int) -> None:

@@ -49,7 +49,7 @@ def read_bandwidth(device: str) -> float:
     caches read once, by all threads.
     """
     if device == "cpu" and native.loaded():
-        return torch.ops.flatllama.read_bandwidth(2**29)
+        return native.read_bandwidth(2**29)
     size = 2**32 if device.startswith("cuda") else 2**29
     x = torch.ones(size // 4, device=device)
     best = float("inf")

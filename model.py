@@ -39,6 +39,13 @@ class ModelConfig:
     output_bias: bool = False  # on wo
     ffn_bias: bool = False
 
+    def __post_init__(self):
+        sizes = (self.dim, self.n_layers, self.n_heads, self.n_kv_heads, self.ffn_dim)
+        if any(type(n) is not int or n < 1 for n in (*sizes, self.vocab_size, self.head_dim)):
+            raise ValueError("sizes must be positive integers")
+        if self.n_heads % self.n_kv_heads or self.head_dim % 2:
+            raise ValueError(f"{self.n_heads} heads of {self.head_dim} on {self.n_kv_heads}")
+
     def to_dict(self) -> dict:
         """Plain values, for a checkpoint's header."""
         return asdict(self)

@@ -53,7 +53,6 @@ class Int4Linear(QuantizedLinear):
         self.register_buffer("scales", torch.empty(groups, **bf16))
         self.register_buffer("zeros", torch.empty(groups, **bf16))
         self.register_buffer("tiles", None, persistent=False)
-        self.register_buffer("tile_params", None, persistent=False)
 
     def settings(self) -> dict:
         return {"format": self.name, "groupsize": self.groupsize}
@@ -76,15 +75,15 @@ class Int4Linear(QuantizedLinear):
 
     def repack(self) -> None:
         if self.weight is not None and self.weight.device.type == "cpu" and native.load():
-            self.tiles, self.tile_params = torch.ops.flatllama.int4_repack(
-                self.weight, self.scales, self.zeros, self.groupsize
+            self.tiles = torch.ops.flatllama.int4_repack(
+                self.weight, self.scales, self.zeros, self.in_features, self.groupsize
             )
             self.weight = self.scales = self.zeros = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tiles is not None:
             return torch.ops.flatllama.int4_linear(
-                x, self.tiles, self.tile_params, self.bias, self.out_features, self.in_features,
+                x, self.tiles, self.bias, self.out_features, self.in_features,
                 self.groupsize, native.exact_activations(),
             )  # fmt: skip
         return super().forward(x)

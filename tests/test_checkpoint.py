@@ -1,0 +1,199 @@
+"""checkpoint.py: reading, writing, and refusing what is damaged."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny
+
+from checkpoint import Writer, build_model, load_model, open_checkpoint, tensor_names
+from errors import UserError
+from quantize import CheckpointQuantizer, head_mode, parse_mode
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return save_tiny(tmp_path / "tiny")[0]
+
+
+def quantized(directory, mode="int4", groupsize=32):
+    output = directory / "out.safetensors"
+    mode = parse_mode(mode, groupsize)
+    CheckpointQuantizer(open_checkpoint(directory), mode, head_mode(mode, None), output).run()
+    return output
+
+
+def test_sharded_directory_equals_single_file(tmp_path, tiny):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    shutil.copy(tiny / "config.json", shards)
+    tensors = load_file(tiny / "model.safetensors")
+    names, index = sorted(tensors), {}
+    for i in range(3):
+        part = {n: tensors[n] for n in names[i::3]}
+        save_file(part, shards / f"model-{i}.safetensors")
+        index |= dict.fromkeys(part, f"model-{i}.safetensors")
+    text = json.dumps({"weight_map": index})
+    (shards / "model.safetensors.index.json").write_text(text)
+    one, many = load_model(open_checkpoint(tiny)), load_model(open_checkpoint(shards))
+    for (name, a), b in zip(one.state_dict().items(), many.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_rows_of_a_fused_weight(tiny):
+    source = open_checkpoint(tiny)
+    whole = source.tensor("layers.1.attention.wqkv.weight")
+    rows = [slice(12, 24), slice(0, 12), slice(3, 5)]
+    part = source.tensor("layers.1.attention.wqkv.weight", rows)
+    assert torch.equal(part, torch.cat([whole[12:24], whole[72:84], whole[99:101]]))
+
+
+def test_header_describes_the_file(tiny):
+    path = quantized(tiny)
+    renamed = path.with_name("int8-lies.safetensors")
+    path.rename(renamed)
+    source = open_checkpoint(renamed)
+    assert source.header["mode"] == "int4" and source.header["groupsize"] == 32
+    assert source.header["layers"]["output"] == {"format": "int8"}
+    model = build_model(source.config, source.header["layers"], source.dtype)
+    assert sorted(tensor_names(model)) == sorted(source.files)
+    assert type(load_model(source).layers[0].attention.wo).__name__ == "Int4Linear"
+
+
+def test_writer_leaves_nothing_half_written(tmp_path):
+    target = tmp_path / "x.safetensors"
+    with pytest.raises(RuntimeError, match="boom"), Writer(
+        target, {"a": (torch.float32, [4, 2])}, {}
+    ) as writer:  # fmt: skip
+        writer.write("a", torch.ones(2, 2), row=2)
+        raise RuntimeError("boom")
+    with pytest.raises(ValueError, match="never written"), Writer(
+        target, {"a": (torch.float32, [4, 2])}, {}
+    ) as writer:  # fmt: skip
+        writer.write("a", torch.ones(2, 2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writer_is_safetensors(tmp_path):
+    target = tmp_path / "x.safetensors"
+    tensors = {
+        "a": torch.randn(5, 3).bfloat16(), "b": torch.arange(7, dtype=torch.uint8),
+        "c": torch.randn(2, 2).to(torch.float8_e4m3fn), "d": torch.zeros(0, 3), "e": torch.ones(()),
+    }  # fmt: skip
+    with Writer(target, {n: (t.dtype, list(t.shape)) for n, t in tensors.items()}, {}) as writer:
+        for name in reversed(tensors):
+            writer.write(name, tensors[name])
+    with safe_open(target, "pt") as f:
+        for name, tensor in tensors.items():
+            got = f.get_tensor(name)
+            assert got.dtype == tensor.dtype and got.shape == tensor.shape
+            assert torch.equal(got.float(), tensor.float())
+
+
+def damage_truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage_header_size(path):
+    path.write_bytes((2**60).to_bytes(8, "little") + path.read_bytes()[8:])
+
+
+def damage_not_safetensors(path):
+    path.write_bytes(b"PK\x03\x04" + bytes(1000))
+
+
+def rewrite(path, change):
+    """Rewrite a file with its header (parsed) and tensors changed by `change(header, tensors)`."""
+    with safe_open(path, "pt") as f:
+        header = json.loads(f.metadata()["flatllama"])
+        tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    header = change(header, tensors) or header
+    save_file(tensors, path, {"flatllama": json.dumps(header)})
+
+
+def wrong_shape(header, tensors):
+    tensors["norm.weight"] = torch.ones(3)
+
+
+def wrong_dtype(header, tensors):
+    tensors["layers.0.attention.wo.weight"] = tensors["layers.0.attention.wo.weight"].float()
+
+
+def missing_tensor(header, tensors):
+    del tensors["layers.1.ffn_norm.weight"]
+
+
+def absurd_size(header, tensors):
+    header["config"]["ffn_dim"] = 2**40
+
+
+def absurd_depth(header, tensors):
+    header["config"]["n_layers"] = 10**9
+
+
+def unknown_format(header, tensors):
+    header["layers"]["output"]["format"] = "int5000"
+
+
+def unknown_layer(header, tensors):
+    header["layers"]["layers.0.nothing"] = {"format": "int8"}
+
+
+def unknown_config(header, tensors):
+    header["config"]["mystery"] = 1
+
+
+def newer_version(header, tensors):
+    header["version"] = 99
+
+
+def not_an_object(header, tensors):
+    return [1, 2]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [damage_truncate, damage_header_size, damage_not_safetensors, wrong_shape, wrong_dtype,
+     missing_tensor, absurd_size, absurd_depth, unknown_format, unknown_layer, unknown_config,
+     newer_version, not_an_object],
+)  # fmt: skip
+def test_damaged_file_is_refused_in_one_line(tiny, damage):
+    path = quantized(tiny)
+    if damage.__name__.startswith("damage"):
+        damage(path)
+    else:
+        rewrite(path, damage)
+    with pytest.raises(UserError) as error:
+        load_model(open_checkpoint(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "bert"}, "model_type"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling"),
+        ({"hidden_size": None}, "malformed"),
+        ({"hidden_size": 80}, "config.json says"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+    ],
+)
+def test_bad_config_is_refused_in_one_line(tiny, change, message):
+    config = json.loads((tiny / "config.json").read_text())
+    (tiny / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UserError, match=message):
+        load_model(open_checkpoint(tiny))
+
+
+def test_missing_pieces_are_named(tmp_path, tiny):
+    with pytest.raises(UserError, match="no checkpoint at"):
+        open_checkpoint(tmp_path / "nowhere")
+    (tiny / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no model\.safetensors"):
+        open_checkpoint(tiny)
+    (tiny / "config.json").unlink()
+    with pytest.raises(UserError, match=r"no config\.json"):
+        open_checkpoint(tiny)

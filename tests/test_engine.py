@@ -1,0 +1,164 @@
+"""engine.py: compiled equals eager, no recompilation, sampling, batches, cache reuse."""
+
+import pytest
+import torch
+from tiny import save_tiny
+
+from checkpoint import load_model, open_checkpoint
+from engine import Engine, Sampling, cache_length, compiled_graphs, probabilities, sample
+from errors import UserError
+
+GREEDY = Sampling(temperature=0)
+
+
+def tiny_model(path, **changes):
+    return load_model(open_checkpoint(save_tiny(path, **changes)[0]))
+
+
+def random_prompt(length, seed=0):
+    return torch.randint(0, 199, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def test_greedy_equals_transformers(tmp_path):
+    directory, reference = save_tiny(tmp_path)
+    prompt = random_prompt(70)
+    engine = Engine(load_model(open_checkpoint(directory)), GREEDY, length=128)
+    theirs = reference.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=50,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    assert engine.generate([prompt], 50).token_ids[0] == theirs[0, 70:].tolist()
+
+
+def test_compiled_equals_eager_and_never_recompiles(tmp_path):
+    """Greedy, fp32, token for token; prompts of 1 to 700 tokens after warm-up compile nothing."""
+    model = tiny_model(tmp_path)
+    lengths = (1, 5, 63, 64, 65, 200, 700)
+    eager = Engine(model, GREEDY, length=1000)
+    expected = [eager.generate([random_prompt(n)], 200).token_ids for n in lengths]
+    compiled = Engine(model, GREEDY, length=1000, compile_mode="default", compile_prefill=True)
+    compiled.warm_up()
+    graphs = compiled_graphs()
+    for n, ids in zip(lengths, expected, strict=True):
+        assert compiled.generate([random_prompt(n)], 200).token_ids == ids, n
+    assert compiled_graphs() == graphs
+
+
+def test_recompilations_are_counted():
+    """The counter that the test above trusts does move when something compiles."""
+    torch._dynamo.reset()
+    step = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+    step(torch.ones(2))
+    graphs = compiled_graphs()
+    step(torch.ones(3))
+    assert compiled_graphs() == graphs + 1
+
+
+def test_rows_of_a_batch_equal_each_alone(tmp_path):
+    """Prompts of different lengths in one batch, each stopping at its own EOS."""
+    model = tiny_model(tmp_path)
+    prompts = [random_prompt(n, n) for n in (3, 64, 130)]
+    alone = [Engine(model, GREEDY, length=256).generate([p], 60).token_ids[0] for p in prompts]
+    eos = {alone[1][20]}
+    expected = [ids[: ids.index(min(eos))] if min(eos) in ids else ids for ids in alone]
+    batch = Engine(model, GREEDY, batch=3, length=256).generate(prompts, 60, eos)
+    assert batch.token_ids == expected
+
+
+def test_long_prompt_runs_in_chunks(tmp_path):
+    """A prompt beyond the largest bucket, in a cache with no room for padding."""
+    directory, reference = save_tiny(tmp_path)
+    engine = Engine(load_model(open_checkpoint(directory)), GREEDY, length=704)
+    prompt = random_prompt(700)
+    with torch.inference_mode():
+        logits = engine.prefill([prompt])
+        expected = reference(torch.tensor([prompt])).logits[:, -1]
+    assert (logits - expected).abs().max() < 1e-3
+
+
+def test_cache_is_reused_between_turns(tmp_path):
+    """A second turn runs only what is new, and gives what a fresh cache gives."""
+    model = tiny_model(tmp_path)
+    engine = Engine(model, GREEDY, length=512)
+    first = random_prompt(100)
+    reply = engine.generate([first], 30).token_ids[0]
+    second = [*first, *reply, *random_prompt(20, 1)]
+    assert engine._shared_prefix(second) >= 129
+    chunks = []
+    engine.prefill_step = lambda *a: chunks.append(a[0].shape[1]) or engine._prefill_step(*a)
+    again = engine.generate([second], 30).token_ids
+    assert chunks == [64]
+    assert again == Engine(model, GREEDY, length=512).generate([second], 30).token_ids
+
+
+def test_stops_at_eos_and_streams_it_not(tmp_path):
+    model = tiny_model(tmp_path)
+    prompt = random_prompt(10)
+    ids = Engine(model, GREEDY, length=128).generate([prompt], 40).token_ids[0]
+    seen = []
+    result = Engine(model, GREEDY, length=128).generate([prompt], 40, {ids[10]}, seen.append)
+    assert result.token_ids[0] == ids[: ids.index(ids[10])]
+    assert [row[0] for row in seen] == result.token_ids[0]
+
+
+def test_seed_decides_the_sample(tmp_path):
+    model = tiny_model(tmp_path)
+    runs = [
+        Engine(model, Sampling(1.0, 0), length=128, seed=s).generate([[1, 2]], 50).token_ids
+        for s in (7, 7, 8)
+    ]
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize(
+    "sampling, expected",
+    [
+        (Sampling(1.0, 0), [0.5, 0.25, 0.15, 0.1]),
+        (Sampling(1.0, 2), [2 / 3, 1 / 3, 0, 0]),
+        (Sampling(1.0, 0, top_p=0.7), [2 / 3, 1 / 3, 0, 0]),
+        (Sampling(1.0, 0, top_p=0.75), [2 / 3, 1 / 3, 0, 0]),
+        (Sampling(1.0, 0, min_p=0.29), [5 / 9, 2.5 / 9, 1.5 / 9, 0]),
+        (Sampling(0.5, 0), [0.25 / 0.345, 0.0625 / 0.345, 0.0225 / 0.345, 0.01 / 0.345]),
+        (Sampling(1.0, 100, top_p=1.0), [0.5, 0.25, 0.15, 0.1]),
+    ],
+)
+def test_sampled_frequencies(sampling, expected):
+    """Chi-square of 4000 draws against the distribution worked out by hand."""
+    p = torch.tensor([0.25, 0.1, 0.5, 0.15])
+    u = torch.rand(4000, generator=torch.Generator().manual_seed(3))
+    drawn = sample(p.log().expand(4000, 4), u, sampling)
+    counts = drawn.bincount(minlength=4)[[2, 0, 3, 1]].double()
+    wanted = torch.tensor(expected, dtype=torch.float64) * 4000
+    assert (counts[wanted == 0] == 0).all()
+    positive = wanted > 0
+    chi2 = ((counts - wanted)[positive] ** 2 / wanted[positive]).sum()
+    assert chi2 < 16.3  # 0.1% point for 3 degrees of freedom
+
+
+def test_extreme_uniforms_stay_in_range():
+    logits = torch.tensor([[0.0, float("-inf"), 1.0]])
+    for u in (0.0, 1 - 2**-24):
+        assert sample(logits, torch.tensor([u]), Sampling(1.0, 0)).item() in (0, 2)
+    p, _ = probabilities(torch.zeros(1, 3), Sampling(1.0, 0, top_p=1e-6))
+    assert (p > 0).sum() == 1
+
+
+def test_cache_length_is_whole_buckets():
+    assert [cache_length(n) for n in (0, 1, 64, 65, 1000)] == [64, 64, 64, 128, 1024]
+
+
+def test_requests_that_do_not_fit_are_refused(tmp_path):
+    model = tiny_model(tmp_path)
+    engine = Engine(model, GREEDY, length=64)
+    with pytest.raises(UserError, match="do not fit"):
+        engine.generate([[1] * 60], 5)
+    with pytest.raises(UserError, match="empty prompt"):
+        engine.generate([[]], 5)
+    with pytest.raises(UserError, match="context is 1024"):
+        Engine(model, GREEDY, length=1025)
+    with pytest.raises(UserError, match="sampling"):
+        Sampling(temperature=-1)
+    assert engine.generate([[1] * 60], 4).token_ids[0]

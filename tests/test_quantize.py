@@ -1,0 +1,183 @@
+"""quantize.py: modes, in-place quantization of any module, streamed checkpoints."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_tiny
+from torch import nn
+
+from checkpoint import load_model, open_checkpoint
+from errors import UserError
+from kernels import FORMATS
+from model import CONFIGS
+from modes import head_mode, mode_names, parse_mode
+from quantize import CheckpointQuantizer, quantize_, quantize_linear, random_model
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_mode_names_parse_to_themselves():
+    for name in mode_names():
+        assert str(parse_mode(name)) == name
+
+
+def test_unknown_mode_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'int4-gptq'"):
+        parse_mode("int4-gtpq")
+    with pytest.raises(UserError, match=r"known: .*int8"):
+        parse_mode("zzz")
+    with pytest.raises(UserError, match="group size 48"):
+        parse_mode("int4", 48)
+    with pytest.raises(UserError, match="leave --groupsize out"):
+        parse_mode("int8", 64)
+
+
+def test_head_policy():
+    assert str(head_mode(parse_mode("int4-gptq", 128), None)) == "int8"
+    assert head_mode(parse_mode("int4", 128), "same").groupsize == 128
+    assert str(head_mode(parse_mode("int4"), "keep")) == "bf16"
+    assert str(head_mode(parse_mode("fp32"), None)) == "bf16"
+
+
+class Foreign(nn.Module):
+    """A model that is not ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(96, 50), nn.ReLU(), nn.Linear(50, 33, bias=False))
+        self.head = nn.Linear(33, 7)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4", "int4-gptq"])
+@torch.inference_mode()
+def test_any_module_in_place(mode):
+    torch.manual_seed(0)
+    model, x = Foreign(), torch.randn(200, 96)
+    expected = model(x)
+    inputs = [(x,)] if mode.endswith("gptq") else ()
+    quantize_(model, mode, inputs=inputs, skip=lambda name: name == "head")
+    assert isinstance(model.head, nn.Linear)
+    name = parse_mode(mode).format
+    assert isinstance(model.body[0], FORMATS[name]) and isinstance(model.body[2], FORMATS[name])
+    error = (model(x) - expected).norm() / expected.norm()
+    assert 0 < error < (0.02 if mode == "int8" else 0.2)
+
+
+def test_calibrated_mode_without_inputs_is_refused():
+    with pytest.raises(UserError, match="needs `inputs`"):
+        quantize_(Foreign(), "int4-gptq")
+
+
+def test_rows_in_chunks_equal_one_piece(monkeypatch):
+    linear = nn.Linear(100, 57, dtype=torch.bfloat16)
+    whole = quantize_linear(linear, parse_mode("int4", 32))
+    monkeypatch.setattr("quantize.CHUNK", 700)
+    for a, b in zip(whole.buffers(), quantize_linear(linear, parse_mode("int4", 32)).buffers(),
+                    strict=True):  # fmt: skip
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("lm_head", [None, "same", "keep"])
+def test_streamed_equals_in_place(tmp_path, tied, lm_head):
+    directory, _ = save_tiny(tmp_path, torch.bfloat16, tie_word_embeddings=tied)
+    source, mode = open_checkpoint(directory), parse_mode("int4", 32)
+    head = head_mode(mode, lm_head)
+    job = CheckpointQuantizer(source, mode, head, tmp_path / "q.safetensors")
+    report = job.run()
+    model = load_model(source)
+    quantize_(model, "int4", 32, skip=lambda n: n == "output", repack=False)
+    if lm_head != "keep":
+        quantize_(model, str(head), head.groupsize, repack=False)
+    stored = open_checkpoint(tmp_path / "q.safetensors")
+    for name in stored.files:
+        assert torch.equal(stored.tensor(name), model.state_dict()[name]), name
+    assert len(report) == 8 + (lm_head != "keep") and all(0 < r["error"] < 0.2 for r in report)
+
+
+@pytest.mark.parametrize("mode", ["fp32", "fp16"])
+def test_float_modes_convert(tmp_path, mode):
+    directory, reference = save_tiny(tmp_path, torch.bfloat16)
+    parsed = parse_mode(mode)
+    CheckpointQuantizer(
+        open_checkpoint(directory), parsed, head_mode(parsed, None), tmp_path / "f.safetensors"
+    ).run()
+    model = load_model(open_checkpoint(tmp_path / "f.safetensors"))
+    assert model.norm.weight.dtype == {"fp32": torch.float32, "fp16": torch.float16}[mode]
+    assert torch.equal(model.norm.weight.float(), reference.model.norm.weight.float())
+
+
+def test_random_model_runs():
+    for mode in (None, parse_mode("int4")):
+        model = random_model(CONFIGS["tiny"], mode, "cpu", torch.bfloat16)
+        model.setup_cache(1, 64)
+        logits = model(torch.tensor([[1, 2, 3]]), torch.zeros(1, dtype=torch.int64))
+        assert logits.isfinite().all() and logits.std() > 0
+
+
+def run(*args, **kwargs):
+    command = [sys.executable, str(ROOT / "quantize.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, **kwargs)
+
+
+def test_command_line(tmp_path):
+    directory, _ = save_tiny(tmp_path, torch.bfloat16)
+    done = run("--mode", "int4", "--groupsize", 32, "--checkpoint_path", directory,
+               "--json", tmp_path / "q.json", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "q.json").read_text())
+    assert {"mode", "groupsize", "algorithm", "weight_bytes", "source_weight_bytes", "seconds",
+            "peak_memory_bytes", "output", "layers"} == set(figures)  # fmt: skip
+    output = directory / "model_int4.g32.safetensors"
+    assert Path(figures["output"]) == output
+    # Codes, scales and zeros of every layer, int8 head, embedding and norms: no byte more.
+    shapes = [(120, 72), (72, 72), (272, 72), (72, 136)] * 2
+    expected = sum(n * (-(-k // 2) + 4 * -(-k // 32)) for n, k in shapes)
+    expected += 199 * 72 * 2 + 199 * 72 + 199 * 2 + 5 * 72 * 2
+    assert figures["weight_bytes"] == expected
+    stored = open_checkpoint(output)
+    total = sum(stored.tensor(name).nbytes for name in stored.files)
+    assert total == expected
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--mode", "int9"], "unknown mode"),
+        (["--mode", "int4", "--groupsize", "7"], "group size 7"),
+        (["--checkpoint_path", "nowhere"], "no checkpoint at nowhere"),
+        (["--device", "cuda:99"], "no device"),
+        (["--output", "missing-folder/x.safetensors"], "cannot write"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2(tmp_path, args, message):
+    directory, _ = save_tiny(tmp_path / "m", torch.bfloat16)
+    if "--checkpoint_path" not in args:
+        args = [*args, "--checkpoint_path", str(directory)]
+    before = sorted(tmp_path.rglob("*"))
+    done = run(*args, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_killed_run_leaves_no_file_under_the_final_name(tmp_path):
+    directory, _ = save_tiny(tmp_path, torch.bfloat16)
+    code = (
+        "import os, signal, quantize; "
+        "quantize.CheckpointQuantizer.write_block = lambda *a: os.kill(os.getpid(), 9); "
+        "quantize.main()"
+    )
+    command = [sys.executable, "-c", code, "--mode", "int8", "--checkpoint_path", str(directory)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert done.returncode == -9
+    assert not (directory / "model_int8.safetensors").exists()
+    assert run("--mode", "int8", "--checkpoint_path", directory).returncode == 0
+    assert (directory / "model_int8.safetensors").exists()
