@@ -6,20 +6,19 @@ layers already done within a block, are the quantized ones: each layer sees, and
 error that really reaches it ("true sequential").
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import KVCache, ModelConfig, TransformerBlock, rope_frequencies
+from model import KVCache, ModelConfig, Transformer, TransformerBlock, rope_frequencies
+from tokenizer import Tokenizer
 
 BUNDLED = Path(__file__).parent / "data" / "calibration.txt"
 LAYERS = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
 
 
-@dataclass
 class InputStatistics:
     """Statistics of one linear layer's inputs x [K], over all calibration tokens; fp32.
 
@@ -30,21 +29,16 @@ class InputStatistics:
         tokens: how many were seen.
     """
 
-    hessian: Tensor
-    mean_abs: Tensor
-    max_abs: Tensor
-    tokens: int = 0
-
-    @classmethod
-    def empty(cls, features: int, device=None) -> "InputStatistics":
-        """Statistics of nothing yet."""
-        zeros = torch.zeros(3, features, device=device)
-        return cls(torch.zeros(features, features, device=device), zeros[0], zeros[1])
+    def __init__(self, features: int, device: torch.device | str | None = None):
+        self.hessian = torch.zeros(features, features, device=device)
+        self.mean_abs = torch.zeros(features, device=device)
+        self.max_abs = torch.zeros(features, device=device)
+        self.tokens = 0
 
     def add(self, x: Tensor) -> None:
-        """Take in the inputs x [T, K]."""
-        x = x.float()
-        old, self.tokens = self.tokens, self.tokens + x.shape[0]
+        """Take in the inputs x [..., K]."""
+        x = x.detach().flatten(0, -2).float()  # [T, K]
+        old, self.tokens = self.tokens, self.tokens + len(x)
         keep, share = old / self.tokens, 1 / self.tokens
         self.hessian.addmm_(x.t(), x, beta=keep, alpha=share)
         self.mean_abs.mul_(keep).add_(x.abs().sum(0), alpha=share)
@@ -52,23 +46,51 @@ class InputStatistics:
 
 
 def calibration_tokens(
-    tokenizer, source: str, samples: int, seq_length: int, seed: int = 0
+    tokenizer: Tokenizer,
+    source: str,
+    samples: int,
+    seq_length: int,
+    seed: int = 0,
+    model: Transformer | None = None,
 ) -> Tensor:
-    """Token ids [samples, seq_length] int64 of disjoint windows of a text, chosen by `seed`.
+    """Token ids [samples, seq_length] int64, the same for the same `seed`.
 
-    `source` is "bundled" for the text that ships with the project, or the path of a text file.
-    Raises ValueError when the text is shorter than that.
+    `source` is "bundled" for the text that ships with the project or the path of a text file, of
+    which disjoint windows are taken, or "self" for text that `model` writes itself. Raises
+    ValueError when the text is too short, OSError when it cannot be read.
     """
+    generator = torch.Generator().manual_seed(seed)
+    if source == "self":
+        return self_generated(model, samples, seq_length, generator)
     path = BUNDLED if source == "bundled" else Path(source)
-    ids = torch.tensor(tokenizer.encode(path.read_text(encoding="utf-8")))
+    ids = torch.tensor(tokenizer.encode(path.read_text(encoding="utf-8"), allow_special=False))
     windows = len(ids) // seq_length
     if windows < samples:
         raise ValueError(
-            f"{path} has {len(ids)} tokens, too few for {samples} samples of {seq_length}: "
-            "give a longer text or fewer samples"
+            f"{path.name} has {len(ids)} tokens, too few for {samples} samples of {seq_length}: "
+            "give a longer text, or fewer or shorter samples"
         )
-    chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
-    return ids[: windows * seq_length].view(windows, seq_length)[chosen.sort().values]
+    chosen = torch.randperm(windows, generator=generator)[:samples]
+    return ids[: windows * seq_length].view(windows, seq_length)[chosen]
+
+
+@torch.no_grad()
+def self_generated(
+    model: Transformer, samples: int, seq_length: int, generator: torch.Generator
+) -> Tensor:
+    """Text sampled from the model at temperature 1, after one random token, as in LLM-QAT.
+
+    Liu et al. 2023 (arXiv 2305.17888). Returns int64 [samples, seq_length].
+    """
+    device = model.tok_embeddings.weight.device
+    model.setup_cache(samples, seq_length)
+    tokens = torch.randint(model.config.vocab_size, (samples, 1), generator=generator)
+    for position in range(seq_length - 1):
+        start = torch.full((samples,), position, device=device)
+        logits = model(tokens[:, -1:].to(device), start)[:, 0]
+        drawn = logits.float().softmax(-1).cpu().multinomial(1, generator=generator)
+        tokens = torch.cat([tokens, drawn], 1)
+    return tokens
 
 
 class CalibrationStream:
@@ -87,16 +109,17 @@ class CalibrationStream:
         angles = angles.to(embeddings.device)[None, :, None]  # [1, L, 1, D / 2]
         self.rope = angles.cos(), angles.sin()
 
+    @torch.no_grad()
     def statistics(self, block: TransformerBlock, name: str) -> InputStatistics:
         """Statistics of the inputs of the block's layer `name`; see the class for the order."""
         if name != LAYERS[self.done]:
             raise ValueError(f"statistics of {name} asked for, {LAYERS[self.done]} is next")
         self.done += 1
-        stats = InputStatistics.empty(block.get_submodule(name).in_features, self.states.device)
+        stats = InputStatistics(block.get_submodule(name).in_features, self.states.device)
         inputs = []
         for i, x in enumerate(self.states.split(self.batch)):
             inputs.append(self._next_inputs(block, name, x, i))
-            stats.add(inputs[-1].flatten(0, 1))
+            stats.add(inputs[-1])
         self.inputs = inputs if name in ("attention.wo", "feed_forward.w2") else []
         return stats
 
@@ -125,6 +148,7 @@ class CalibrationStream:
         finally:
             attention.kv_cache = None
 
+    @torch.no_grad()
     def advance(self, block: TransformerBlock) -> None:
         """Push the states through the rest of the finished block."""
         if self.done != len(LAYERS):
