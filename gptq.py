@@ -33,7 +33,10 @@ def damped(hessian: Tensor, percdamp: float) -> Tensor:
 
 
 def inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
-    """U, upper triangular, with U^T U = (H + damping)^-1; damping grows tenfold until one exists."""
+    """U, upper triangular, with U^T U = (H + damping)^-1.
+
+    Damping grows tenfold until the factor exists.
+    """
     for attempt in range(8):
         factor, info = torch.linalg.cholesky_ex(damped(hessian, percdamp * 10**attempt))
         if info == 0:
@@ -43,46 +46,33 @@ def inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
     raise ValueError("the Hessian is not finite: the calibration activations overflowed")
 
 
-def fit_clipped(w: Tensor, grid: Grid, hessian: Tensor, steps: int = 20, lowest: float = 0.5):
-    """The grid's params whose range, shrunk by some factor of `lowest`..1, fits each group best.
+def fit_clipped(
+    w: Tensor, grid: Grid, hessian: Tensor, steps: int = 20, lowest: float = 0.5
+) -> Params:
+    """The grid's params for w [N, K] fp32, the range of each group shrunk to fit it best.
 
-    The error of a group's rounding error e is e H_gg e^T, H_gg its block of the Hessian. The best
-    factor is chosen for each row and group. w [N, K] fp32 -> params, entries [N, G].
+    Tried are `steps` factors from 1 down towards `lowest`; the error of a group's rounding error e
+    is e H_gg e^T, H_gg its block of the Hessian. Chosen for each row and group. Entries [N, G].
     """
-    best, best_error = None, None
+    groups = w.split(grid.groupsize, 1)
+    best: Params = {}
+    best_error = torch.full((len(w), len(groups)), torch.inf, device=w.device)
     for step in range(steps):
         params = grid.fit(w, 1 - (1 - lowest) * step / steps)
-        error = w - grid.decode(codes := grid.round_to_nearest(w, params), expand(grid, params, w))
-        del codes
-        error = torch.stack(
-            [
-                ((e @ h) * e).sum(1)
-                for e, h in zip(
-                    error.split(grid.groupsize, 1), diagonal_blocks(hessian, grid), strict=True
-                )
-            ],
-            dim=1,
-        )  # [N, G]
-        if best is None:
-            best, best_error = params, error
-            continue
+        errors = []
+        for i, group in enumerate(groups):
+            own = {name: p[:, i : i + 1] for name, p in params.items()}
+            error = grid.decode(grid.round(group, own), own) - group  # [N, g]
+            columns = slice(i * grid.groupsize, i * grid.groupsize + group.shape[1])
+            errors.append(((error @ hessian[columns, columns]) * error).sum(1))
+        error = torch.stack(errors, 1)
         better = error < best_error
-        best = {name: torch.where(better, params[name], best[name]) for name in best}
+        best = {name: torch.where(better, p, best.get(name, p)) for name, p in params.items()}
         best_error = torch.where(better, error, best_error)
     return best
 
 
-def expand(grid: Grid, params: Params, w: Tensor) -> Params:
-    """Every column's params, entries [N, K]."""
-    return grid.columns(params, torch.arange(w.shape[1], device=w.device))
-
-
-def diagonal_blocks(hessian: Tensor, grid: Grid) -> list[Tensor]:
-    """The Hessian within each group of columns, [g, g] each."""
-    rows = hessian.split(grid.groupsize)
-    return [r[:, i * grid.groupsize :][:, : len(r)] for i, r in enumerate(rows)]
-
-
+@torch.no_grad()
 def gptq(
     w: Tensor, grid: Grid, stats: InputStatistics, percdamp: float = 0.01, blocksize: int = 128
 ) -> tuple[Tensor, Params]:
