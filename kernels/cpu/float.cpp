@@ -34,7 +34,10 @@ static void block(const Linear& a, int64_t n0, int64_t m0) {
   auto step = [&](const char* rows, int64_t stride, int64_t k) __attribute__((always_inline)) {
     vf wa[R], wb[R];
     UNROLL
-    for (int r = 0; r < R; r++) widen<type>(rows + r * stride, wa[r], wb[r]);
+    for (int r = 0; r < R; r++) {
+      widen<type>(rows + r * stride, wa[r], wb[r]);
+      prefetch(rows + (r + R) * stride);
+    }
     UNROLL
     for (int m = 0; m < M; m++) {
       vf xa = load<vf>(x + m * a.kpad + k), xb = load<vf>(x + m * a.kpad + k + kLanes);

@@ -50,7 +50,9 @@ static void quantized(const Linear& a, int64_t tile, int64_t m0) {
         for (int t = 0; t < T; t++)
           UNROLL
           for (int p = 0; p < kParts; p++) {
-            vi v = load<vi>(codes + t * stride + (k - begin) * 8 + p * kLanes * 4);
+            const uint8_t* line = codes + t * stride + (k - begin) * 8;
+            vi v = load<vi>(line + p * kLanes * 4);
+            if (p == 0) prefetch(line + T * stride);
             low[t][p] = v & 0x0f0f0f0f;
             high[t][p] = (v >> 4) & 0x0f0f0f0f;
           }
@@ -108,7 +110,9 @@ static void exact(const Linear& a, int64_t tile, int64_t m0) {
       for (int t = 0; t < T; t++)
         UNROLL
         for (int p = 0; p < kParts; p++) {
-          vi v = load<vi>(codes + t * stride + (k - begin) * 8 + p * kLanes * 4);
+          const uint8_t* line = codes + t * stride + (k - begin) * 8;
+          vi v = load<vi>(line + p * kLanes * 4);
+          if (p == 0) prefetch(line + T * stride);
           UNROLL
           for (int i = 0; i < 8; i++) {
             vf q = nibble(v, i);

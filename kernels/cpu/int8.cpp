@@ -83,8 +83,10 @@ static void quantized(const Linear& a, int64_t tile, int64_t m0) {
       UNROLL
       for (int t = 0; t < T; t++)
         UNROLL
-        for (int p = 0; p < kParts; p++)
+        for (int p = 0; p < kParts; p++) {
           wv[t][p] = load<vi>(w + (t * a.kpad + k) * 16 + p * kLanes * 4);
+          if (p == 0) prefetch(w + ((t + T) * a.kpad + k) * 16);
+        }
       UNROLL
       for (int m = 0; m < M; m++) {
         int32_t four;
@@ -120,6 +122,7 @@ static void exact(const Linear& a, int64_t tile, int64_t m0) {
       UNROLL
       for (int p = 0; p < kParts; p++) {
         vi v = load<vi>(w + (t * a.kpad + k) * 16 + p * kLanes * 4) ^ int32_t(0x80808080);
+        if (p == 0) prefetch(w + ((t + T) * a.kpad + k) * 16);
         UNROLL
         for (int i = 0; i < 4; i++) {
           vf q = to_float((v << (24 - 8 * i)) >> 24);

@@ -42,6 +42,22 @@ struct Attention {
   float* scratch;              // 2 kAttentionBlock d floats
 };
 
+// A product with an n-bit weight: w = (value of the code - zero) * scale; see coded.cpp.
+// Of `a`, x (padded to 32 columns), group_sum and, if x is quantized, xs [m] are used.
+struct Coded {
+  Linear a;
+  const uint32_t* codes;        // [tiles, words, 16]: 32 columns are `bits` words
+  const uint32_t* positions;    // [tiles, blocks of 32 columns, 16] or null: 2:4 sparse codes
+  const void* scales;           // [tiles, scale_groups, 16]
+  const uint8_t* zeros;         // [tiles, groups, 16] or null
+  const uint16_t* group_scales; // fp16 [tiles, groups, 16] or null: values are rounded times this
+  float table[32];              // value of the code's low 5 bits
+  int bits, exponent_bits;      // exponent_bits > 0: codes are small floats
+  bool integers;                // value = code + table[0]
+  int64_t scale_groups;
+  Type scale_type;
+};
+
 struct Kernels {
   const char* name;
   // x [m, k] -> fp32 [m, kpad], in the order in which float_rows reads it
@@ -54,6 +70,11 @@ struct Kernels {
   void (*int4_tiles)(const Linear&, int64_t tile0, int64_t tile1, int64_t m0, int64_t m1);
   void (*int4_exact)(const Linear&, int64_t tile0, int64_t tile1);
   void (*int4_widen)(const Linear&, int64_t tile0, int64_t tile1, float* out);
+  // rows of fp32 x [m, kpad] to integers in place, and their scales [m]; mode 1 symmetric, 2 not
+  void (*round_rows)(float* x, int64_t m, int64_t k, int64_t kpad, int mode, float* scales);
+  void (*coded_tiles)(const Coded&, int64_t tile0, int64_t tile1);
+  // fp32 weights, column k of row r of tile t at out[k * stride + 16 (t - tile0) + r]
+  void (*coded_widen)(const Coded&, int64_t tile0, int64_t tile1, int64_t stride, float* out);
   void (*attend)(const Attention&, int64_t begin, int64_t end);
   // parts [pairs, splits, rows (d + 2)] of attend() -> y [pairs, rows, d]
   void (*merge)(const float* parts, int64_t pairs, int64_t splits, int64_t rows, int64_t d, Type,

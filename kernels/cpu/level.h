@@ -12,6 +12,9 @@ void int8_widen(const Linear&, int64_t tile0, int64_t tile1, float* out);
 void int4_tiles(const Linear&, int64_t tile0, int64_t tile1, int64_t m0, int64_t m1);
 void int4_exact(const Linear&, int64_t tile0, int64_t tile1);
 void int4_widen(const Linear&, int64_t tile0, int64_t tile1, float* out);
+void round_rows(float* x, int64_t m, int64_t k, int64_t kpad, int mode, float* scales);
+void coded_tiles(const Coded&, int64_t tile0, int64_t tile1);
+void coded_widen(const Coded&, int64_t tile0, int64_t tile1, int64_t stride, float* out);
 void attend(const Attention&, int64_t begin, int64_t end);
 void merge(const float* parts, int64_t pairs, int64_t splits, int64_t rows, int64_t d, Type,
            void* y);
