@@ -29,6 +29,7 @@ if __package__:
 else:  # run as `python scripts/convert_gguf.py`
     from gguf_tokenizer import GGUFError, tokenizer_files
 
+CHUNK = 1 << 22  # values dequantized at a time, in float32
 NAMES = {  # GGUF tensor name without ".weight" -> Hugging Face name without ".weight"
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -215,19 +216,23 @@ def hf_name(name: str) -> str:
 
 def read_tensor(tensor: Any, config: dict[str, Any]) -> torch.Tensor:
     """One tensor [out, in] in bfloat16, the rows of Q and K in rotate-half order."""
-    try:
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError:
-        raise GGUFError(
-            f"tensor {tensor.name} has the type {tensor.tensor_type.name}, "
-            "which the gguf package cannot dequantize"
-        ) from None
-    weight = torch.from_numpy(np.array(values, dtype=np.float32))
+    shape = [int(n) for n in reversed(tensor.shape)]
+    weight = torch.empty(shape, dtype=torch.bfloat16)
+    rows = max(1, CHUNK // int(np.prod(shape[1:])))
+    for start in range(0, shape[0], rows):
+        try:
+            values = gguf.dequantize(tensor.data[start : start + rows], tensor.tensor_type)
+        except NotImplementedError:
+            raise GGUFError(
+                f"tensor {tensor.name} has the type {tensor.tensor_type.name}, "
+                "which the gguf package cannot dequantize"
+            ) from None
+        weight[start : start + rows] = torch.from_numpy(np.array(values, dtype=np.float32))
     if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
-        half, width = config["head_dim"] // 2, weight.shape[1]
+        half, width = config["head_dim"] // 2, shape[1]
         pairs = weight.view(-1, half, 2, width)  # [H, D/2, 2, in]: the two of a pair are adjacent
         weight = pairs.transpose(1, 2).reshape(-1, width)
-    return weight.to(torch.bfloat16).contiguous()
+    return weight
 
 
 def write_weights(header: Header, config: dict[str, Any], path: Path) -> None:
