@@ -1,0 +1,139 @@
+"""GPTQ against a plain float64 reference, and the corner cases of Hessians and shapes."""
+
+import pytest
+import torch
+
+from calibration import InputStatistics
+from gptq import fit_clipped, gptq
+from kernels.int4 import Int4Grid
+from kernels.int8 import Int8Grid
+
+
+def problem(rows: int, features: int, tokens: int = 400, seed: int = 0):
+    """A random weight and the statistics of correlated inputs."""
+    torch.manual_seed(seed)
+    x = torch.randn(tokens, features) @ torch.randn(features, features) / features**0.5
+    stats = InputStatistics(features)
+    stats.add(x * (torch.rand(features) + 0.1))
+    return torch.randn(rows, features), stats
+
+
+def decode(grid, codes, params):
+    columns = torch.arange(codes.shape[1])
+    return grid.decode(codes, grid.columns(params, columns))
+
+
+def loss(grid, w, codes, params, hessian):
+    error = decode(grid, codes, params) - w
+    return ((error @ hessian) * error).sum().item()
+
+
+def nearest_loss(grid, w, hessian):
+    params = grid.fit(w)
+    return loss(grid, w, grid.round_to_nearest(w, params), params, hessian)
+
+
+def plain_obq(w, grid, params, hessian):
+    """Round the columns in turn by the definition: each rest is solved anew, in float64."""
+    hessian = hessian.double()
+    order = hessian.diagonal().float().argsort(descending=True, stable=True).tolist()
+    w, codes = w.double(), torch.empty(w.shape, dtype=torch.int64)
+    for turn, i in enumerate(order):
+        own = grid.columns(params, torch.tensor([i]))
+        code = grid.round(w[:, [i]].float(), own)
+        codes[:, i] = code[:, 0]
+        error = w[:, i] - grid.decode(code, own)[:, 0]
+        rest = order[turn + 1 :]
+        if rest:  # argmin over the free columns d of (error, d) H (error, d)^T
+            pull = torch.linalg.solve(hessian[rest][:, rest], hessian[rest, i])
+            w[:, rest] += error[:, None] * pull
+    return codes
+
+
+@pytest.mark.parametrize("features,groupsize,blocksize", [(96, 32, 16), (65, 32, 128), (50, 64, 7)])
+def test_first_pass_equals_plain_obq(features, groupsize, blocksize):
+    if features < groupsize:
+        features = groupsize
+    w, stats = problem(24, features)
+    grid = Int4Grid(groupsize)
+    codes, params = gptq(w, grid, stats, percdamp=0.0, blocksize=blocksize)
+    expected = plain_obq(w, grid, params, stats.hessian)
+    assert (codes.long() == expected).float().mean() > 0.995  # fp32 may break a tie otherwise
+    got = loss(grid, w, codes, params, stats.hessian)
+    assert got == pytest.approx(loss(grid, w, expected, params, stats.hessian), rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    "features,grid",
+    [
+        (576, Int4Grid(128)),  # the last group has 64 columns
+        (65, Int4Grid(64)),  # an odd width, a last group of one column
+        (96, Int4Grid(32)),
+        (96, Int8Grid(96)),  # one group per row
+    ],
+)
+def test_beats_rounding_to_nearest(features, grid):
+    w, stats = problem(16, features, tokens=2 * features)
+    codes, params = gptq(w, grid, stats)
+    assert codes.shape == w.shape and codes.is_contiguous()
+    assert loss(grid, w, codes, params, stats.hessian) < 0.6 * nearest_loss(grid, w, stats.hessian)
+
+
+def test_the_clip_search_never_loses_to_the_full_range():
+    w, stats = problem(16, 96)
+    grid = Int4Grid(32)
+    stats.hessian = torch.diag(stats.hessian.diagonal())  # groups are then independent
+    params = fit_clipped(w, grid, stats.hessian)
+    codes = grid.round_to_nearest(w, params)
+    assert loss(grid, w, codes, params, stats.hessian) < nearest_loss(grid, w, stats.hessian)
+
+
+def test_groups_stay_as_fitted_before_the_first_update():
+    w, stats = problem(16, 96)
+    grid = Int4Grid(32)
+    _, params = gptq(w, grid, stats)
+    fitted = fit_clipped(w, grid, stats.hessian)
+    assert all(torch.equal(params[name], fitted[name]) for name in fitted)
+
+
+def test_uncorrelated_inputs_mean_rounding_to_nearest():
+    w, stats = problem(16, 64)
+    grid = Int4Grid(32)
+    stats.hessian = torch.diag(torch.rand(64) + 0.1)
+    codes, params = gptq(w, grid, stats)
+    assert torch.equal(codes, grid.round_to_nearest(w, params))
+
+
+def test_dead_columns_are_rounded_to_nearest():
+    w, stats = problem(16, 64)
+    dead = [3, 40, 63]
+    stats.hessian[dead] = 0
+    stats.hessian[:, dead] = 0
+    grid = Int4Grid(32)
+    codes, params = gptq(w, grid, stats)
+    assert torch.equal(codes[:, dead], grid.round_to_nearest(w, params)[:, dead])
+    stats.hessian.zero_()  # a layer that no token ever reached
+    codes, params = gptq(w, grid, stats)
+    assert torch.equal(codes, grid.round_to_nearest(w, params))
+
+
+def test_a_singular_hessian_gets_more_damping():
+    w, stats = problem(16, 96, tokens=5)
+    stats.hessian -= 1e-3 * torch.eye(96)  # not even semidefinite
+    grid = Int4Grid(32)
+    codes, params = gptq(w, grid, stats, percdamp=1e-6)
+    assert loss(grid, w, codes, params, stats.hessian) < nearest_loss(grid, w, stats.hessian)
+
+
+def test_a_hessian_that_overflowed_is_an_error():
+    w, stats = problem(4, 32)
+    stats.hessian[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="not finite"):
+        gptq(w, Int4Grid(32), stats)
+
+
+def test_the_weight_is_left_alone():
+    w, stats = problem(8, 64)
+    before, hessian = w.clone(), stats.hessian.clone()
+    gptq(w, Int4Grid(32), stats)
+    assert torch.equal(w, before) and torch.equal(stats.hessian, hessian)
