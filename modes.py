@@ -76,9 +76,11 @@ def parse_mode(text: str, groupsize: int | None = None) -> Mode:
     default = FORMATS[name].default_groupsize
     if default is None and groupsize is not None:
         raise UserError(f"mode {text!r} has one scale per row: leave --groupsize out")
-    if groupsize is not None and groupsize not in (32, 64, 128, 256):
-        raise UserError(f"group size {groupsize} does not fit {text!r}: take 32, 64, 128 or 256")
-    return Mode(name, text[len(name) + 1 :], groupsize or default)
+    sizes = FORMATS[name].groupsizes
+    if groupsize is not None and groupsize not in sizes:
+        fitting = ", ".join(map(str, sizes)) + (" (0: one scale per row)" if 0 in sizes else "")
+        raise UserError(f"group size {groupsize} does not fit {text!r}: take one of {fitting}")
+    return Mode(name, text[len(name) + 1 :], default if groupsize is None else groupsize)
 
 
 def head_mode(mode: Mode, lm_head: str | None) -> Mode:

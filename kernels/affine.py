@@ -26,7 +26,7 @@ def block_reduce(x: Tensor, block_size: tuple[int, ...], op) -> Tensor:
     """Reduce each block of `x` by `op` (torch.amin or torch.amax): one element per block."""
     for dim, size in enumerate(block_size):
         length = x.shape[dim]
-        if size == length:
+        if size >= length:
             x = op(x, dim=dim, keepdim=True)
             continue
         if ragged := -length % size:  # repeating the last element changes no block's extremes

@@ -8,6 +8,8 @@ the same on every device; `repack()` turns them, once, into the layout that this
 reads. The plain `Linear` of bf16, fp16 and fp32 weights is here too: the base line.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +23,10 @@ class Grid:
     """The values that a weight [N, K] can take, in groups of `groupsize` columns.
 
     Params are per-group tensors [N, G], G = ceil(K / groupsize); the last group may be shorter.
+    What the whole tensor shares (a codebook) is not among them: the grid itself holds it.
     """
+
+    prune_block = 1  # columns of which only some may be nonzero; 1: no sparsity pattern
 
     def __init__(self, groupsize: int):
         if groupsize < 1:
@@ -40,6 +45,23 @@ class Grid:
         """Values [N, C] fp32 that the codes stand for."""
         raise NotImplementedError
 
+    def learn(self, pieces: Iterable[Tensor]) -> None:
+        """Learn what the whole tensor shares from all its rows, given in pieces [n, K] fp32.
+
+        To be called once before `fit` where `fit` sees a part of the rows only.
+        """
+
+    def shared(self) -> Params:
+        """What `learn` found, for the module's `pack`."""
+        return {}
+
+    def keep(self, importance: Tensor) -> Tensor:
+        """Which weights may be nonzero, bool [N, C], by importance [N, C] of whole prune blocks.
+
+        A weight that is not kept must be rounded as 0.
+        """
+        return torch.ones_like(importance, dtype=torch.bool)
+
     def columns(self, params: Params, columns: Tensor) -> Params:
         """The parameters of given columns: int64 [C] -> entries [N, C]."""
         groups = columns // self.groupsize
@@ -47,6 +69,8 @@ class Grid:
 
     def round_to_nearest(self, w: Tensor, params: Params) -> Tensor:
         """Codes [N, K] of the whole matrix w [N, K]: the plainest algorithm."""
+        if self.prune_block > 1:
+            w = w * self.keep(w.abs())
         columns = torch.arange(w.shape[1], device=w.device)
         return self.round(w, self.columns(params, columns))
 
@@ -74,6 +98,8 @@ class QuantizedLinear(nn.Module):
 
     name: str
     default_groupsize: int | None = None  # None: the format has no group size
+    groupsizes: tuple[int, ...] = (32, 64, 128, 256)  # that may be asked for; 0: one per row
+    shared: tuple[str, ...] = ()  # buffers that are not one entry per output row
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype, device):
         super().__init__()

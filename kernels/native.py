@@ -1,21 +1,22 @@
 """The C++ kernels of the CPU: built at first use, cached, loaded as `torch.ops.flatllama.*`.
 
 `load()` compiles `cpu/*.cpp` with the system's C++ compiler into torch's extension cache
-(`TORCH_EXTENSIONS_DIR`, else `~/.cache/torch_extensions`), in a folder named after a hash of the
-sources, the flags and the versions. Kernels are compiled once per level (portable, AVX2, AVX-512
-with VNNI); the level that this CPU has is chosen at load. Importing this file does nothing.
+(`TORCH_EXTENSIONS_DIR`, else `~/.cache/torch_extensions`), each file under a hash of the sources,
+the flags and the versions, so that an edit rebuilds only what it touches. Kernels are compiled once
+per level (portable, AVX2, AVX-512 with VNNI); the level that this CPU has is chosen at load.
+Importing this file does nothing.
 
 Environment: `CXX` names the compiler; `FLATLLAMA_CPU=portable|avx2|avx512` forces a level;
 `FLATLLAMA_EXACT=1` keeps activations unrounded in the weight-only products.
 """
 
+import fcntl
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,13 +25,11 @@ import torch
 from torch import Tensor
 
 SOURCES = Path(__file__).parent / "cpu"
-LEVEL_FILES = ("float", "int8", "int4", "attention", "level")  # compiled once per level
-SHARED_FILES = ("linear_ops", "attention_ops")  # compiled once: no CPU flags, torch's headers
 LEVELS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     LEVELS["avx512"] = [*LEVELS["avx2"], *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni"))]
-FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-w"]
+FLAGS = ["-std=c++20", "-fPIC", "-fopenmp", "-w"]
 
 _loaded: bool | None = None  # None: not tried yet
 _exact = os.environ.get("FLATLLAMA_EXACT", "0") not in ("", "0")
@@ -78,56 +77,62 @@ def _say(line: str) -> None:
     print(f"flatllama: {line}", file=sys.stderr, flush=True)
 
 
-def _jobs(compiler: str, folder: Path) -> list[list[str]]:
-    """One compiler command per object file."""
-    torch_dir = Path(torch.__file__).parent / "include"
-    shared = [f"-I{torch_dir}", f"-I{torch_dir / 'torch/csrc/api/include'}"]
-    jobs = []
-    for name in SHARED_FILES:
-        jobs.append([*shared, str(SOURCES / f"{name}.cpp"), "-o", str(folder / f"{name}.o")])
-    for level, flags in LEVELS.items():
-        for name in LEVEL_FILES:
-            out = str(folder / f"{name}.{level}.o")
-            jobs.append([*flags, f"-DCPU_LEVEL={level}", str(SOURCES / f"{name}.cpp"), "-o", out])
-    return [[compiler, *FLAGS, "-c", *job] for job in jobs]
+def _jobs(compiler: str, folder: Path) -> list[tuple[list[str], Path]]:
+    """Compiler commands and their object files, named after a hash of all they depend on.
 
-
-def _key(compiler: str) -> str:
-    """A hash of everything that the library depends on."""
+    `*_ops.cpp` see torch's headers and are compiled once, for any CPU; the others once per level.
+    """
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    digest = hashlib.sha256(f"{torch.__version__} {version.stdout} {_jobs('', Path())}".encode())
-    for path in sorted(SOURCES.iterdir()):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    headers = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.h")))
+    include = Path(torch.__file__).parent / "include"
+    torch_flags = ["-O2", f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"]
+    jobs = []
+    for source in sorted(SOURCES.glob("*.cpp"), reverse=True):
+        variants = [["-O3", *flags, f"-DCPU_LEVEL={level}"] for level, flags in LEVELS.items()]
+        for flags in [torch_flags] if source.stem.endswith("_ops") else variants:
+            command = [compiler, *FLAGS, *flags, "-c", str(source)]
+            key = f"{command} {version.stdout} {torch.__version__}".encode()
+            digest = hashlib.sha256(key + headers + source.read_bytes()).hexdigest()[:16]
+            jobs.append((command, folder / f"{source.stem}.{digest}.o"))
+    return sorted(jobs, key=lambda job: not job[1].name.split(".")[0].endswith("_ops"))
 
 
 def build(compiler: str) -> Path:
-    """The path of the built library. Two processes at once both build; the last rename stays."""
+    """The path of the library, built where it is not there. Of two processes the second waits."""
     default = Path.home() / ".cache" / "torch_extensions"
-    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default) / "flatllama"
-    library = cache / _key(compiler) / "flatllama.so"
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default) / "flatllama"
+    jobs = _jobs(compiler, folder)
+    names = "".join(out.name for _, out in jobs)
+    library = folder / f"flatllama.{hashlib.sha256(names.encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    _say("building the CPU kernels, once, about a minute ...")
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=library.parent) as name:
-        jobs = _jobs(compiler, Path(name))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_run, jobs))
-        lib = Path(torch.__file__).parent / "lib"
-        parts = [job[-1] for job in jobs]
-        links = [f"-L{lib}", "-ltorch", "-ltorch_cpu", "-lc10", "-fopenmp"]
-        _run([compiler, "-shared", *parts, *links, "-o", f"{name}/flatllama.so"])
-        os.replace(f"{name}/flatllama.so", library)
-    _say(f"built in {time.monotonic() - began:.0f} s")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _compile(compiler, jobs, library)
     return library
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+def _compile(compiler: str, jobs: list[tuple[list[str], Path]], library: Path) -> None:
+    """Compile the objects that are not cached yet, and link. Files appear whole or not at all."""
+    todo = [(command, out) for command, out in jobs if not out.exists()]
+    _say(f"building the CPU kernels ({len(todo)} of {len(jobs)} files), once, about a minute ...")
+    began = time.monotonic()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda job: _run(*job), todo))
+    lib = Path(torch.__file__).parent / "lib"
+    links = [f"-L{lib}", "-ltorch", "-ltorch_cpu", "-lc10", "-fopenmp"]
+    _run([compiler, "-shared", *(str(out) for _, out in jobs), *links], library)
+    _say(f"built in {time.monotonic() - began:.0f} s")
+
+
+def _run(command: list[str], out: Path) -> None:
+    partial = f"{out}.{os.getpid()}"
+    done = subprocess.run([*command, "-o", partial], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+    os.replace(partial, out)
 
 
 def set_cpu_level(level: str) -> str:
@@ -158,6 +163,7 @@ def _register_fakes() -> None:
             codes.shape[0], (-(-K // 8) - (-K // groupsize)) * 64, codes
         ),
         "int4_linear": lambda x, tiles, bias, N, K, groupsize, exact: rows(x, N),
+        "coded_linear": lambda x, *rest: rows(x, rest[7]),
         "attention": lambda q, k_cache, v_cache, start, k_scale=None, v_scale=None, softmax_scale=None: (  # noqa: E501
             q.new_empty(q.shape)
         ),

@@ -1,0 +1,117 @@
+"""codebook4: 16 learned values per tensor, a scale per group of 64 columns.
+
+    s = max|w| of the group, bf16      code = index of the value nearest to w / s
+    w_hat = codebook[code] * s
+
+The 16 values minimize the squared error of the weights, sum s^2 (w / s - value)^2: k-means over at
+most 2^20 scaled weights of the tensor, by Lloyd's iteration from the distribution's quantiles; in
+one dimension, on sorted values with running sums, an iteration costs 16 searches. Source: the
+codebook scheme of torchao, whose scale is the signed maximum; the magnitude is what is meant.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from kernels import affine
+from kernels.coded import CodedLinear
+from kernels.linear import Grid, Params
+
+SAMPLE = 2**20  # weights that the codebook is learned from
+STEPS = 200  # of Lloyd's iteration, at most
+
+
+def group_scales(w: Tensor, groupsize: int) -> Tensor:
+    """max|w| of each group, [N, G] fp32, rounded to bf16."""
+    amax = affine.block_reduce(w.abs(), (1, groupsize), torch.amax)
+    return amax.clamp(min=1e-9).to(torch.bfloat16).float()
+
+
+def kmeans_1d(values: Tensor, weights: Tensor, count: int) -> Tensor:
+    """`count` ascending centers of least weighted squared distance to values, weights [S]."""
+    values, order = values.double().sort()
+    weights = weights.double()[order]
+    zero = values.new_zeros(1)
+    mass = torch.cat([zero, weights.cumsum(0)])
+    moment = torch.cat([zero, (weights * values).cumsum(0)])
+    quantiles = (torch.arange(count, device=values.device) + 0.5) / count * mass[-1]
+    centers = values[torch.searchsorted(mass[1:], quantiles).clamp(max=len(values) - 1)]
+    for _ in range(STEPS):
+        edges = torch.searchsorted(values, (centers[1:] + centers[:-1]) / 2)
+        edges = torch.cat([edges.new_zeros(1), edges, edges.new_tensor([len(values)])])
+        inside = mass[edges].diff()
+        means = moment[edges].diff() / inside.clamp(min=1e-300)
+        moved = torch.where(inside > 0, means, centers)  # an empty cell keeps its center
+        done = torch.allclose(moved, centers, rtol=1e-6, atol=1e-9)
+        centers = moved
+        if done:
+            break
+    return centers.float()
+
+
+class CodebookGrid(Grid):
+    """16 values of the tensor times a scale per group; params: scales [N, G].
+
+    The codebook is what the tensor shares: `learn` finds it, `shared` gives it to the module.
+    """
+
+    def __init__(self, groupsize: int):
+        super().__init__(groupsize)
+        self.codebook: Tensor | None = None
+
+    def learn(self, pieces: Iterable[Tensor]) -> None:
+        values, weights = [], []
+        for piece in pieces:
+            w = piece.float()
+            scales = affine.block_expand(
+                group_scales(w, self.groupsize), (1, self.groupsize), w.shape
+            )
+            # every stride-th weight; an odd stride meets all columns
+            stride = max(1, w.numel() // SAMPLE) | 1
+            values.append((w / scales).flatten()[::stride])
+            weights.append(scales.square().flatten()[::stride])
+        values, weights = torch.cat(values), torch.cat(weights)
+        stride = -(-len(values) // SAMPLE)
+        self.codebook = kmeans_1d(values[::stride], weights[::stride], 16)
+
+    def shared(self) -> Params:
+        return {"codebook": self.codebook}
+
+    def fit(self, w: Tensor, shrink: float = 1.0) -> Params:
+        if self.codebook is None:
+            self.learn([w])
+        scales = group_scales(w, self.groupsize) * shrink
+        return {"scales": scales.to(torch.bfloat16).float()}
+
+    def round(self, w: Tensor, params: Params) -> Tensor:
+        middles = (self.codebook[1:] + self.codebook[:-1]) / 2
+        return torch.bucketize((w / params["scales"]).contiguous(), middles).to(torch.uint8)
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        return self.codebook[codes.long()] * params["scales"]
+
+
+class Codebook4Linear(CodedLinear):
+    """Buffers: weight uint8 [N, ceil(K / 2)]; scales bf16 [N, G]; codebook fp32 [16]."""
+
+    name, bits = "codebook4", 4
+    default_groupsize = 64
+    shared = ("codebook",)
+
+    def __init__(
+        self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None,
+        groupsize: int | None = None,
+    ):  # fmt: skip
+        super().__init__(in_features, out_features, bias, dtype, device, groupsize)
+        self.register_buffer("codebook", torch.empty(16, device=device))
+
+    def grid(self) -> CodebookGrid:
+        return CodebookGrid(self.groupsize)
+
+    def pack(self, codes: Tensor, params: Params) -> None:
+        super().pack(codes, params)
+        self.codebook = params["codebook"].float()
+
+    def table(self) -> Tensor:
+        return self.codebook

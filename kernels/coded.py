@@ -1,0 +1,152 @@
+"""What the n-bit formats share: a value per code, a scale (and perhaps a zero) per group.
+
+    w_hat = (value[code] - zero) * scale
+
+The codes of a row are one little-endian bit stream of exactly n bits each (packing.py). `value` is
+a table of 2^n numbers, the same for the whole tensor: integers for the affine formats, small
+floats for fpx and float8, the learned numbers of a codebook.
+
+One C++ product serves all of them (cpu/coded.cpp). Its tiles are the canonical rows, 16 at a time,
+their 32-bit words interleaved: 32 columns of a row are n words, so each vector lane walks the
+stream of its own row. Few rows of x stream the codes and widen them in registers; many rows
+widen a panel of the weight at a time. The whole weight is never dequantized.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import affine, native
+from kernels.linear import Params, QuantizedLinear
+from kernels.packing import pack, packed_size, unpack
+
+# What the product reads: codes, scales, zeros, inner scales (w4a8), positions (2:4), values.
+TILES = ("tiles", "tile_scales", "tile_zeros", "tile_group_scales", "tile_positions", "lookup")
+PANEL = 2**22  # weights that the reference dequantizes at a time
+
+
+def interleave_rows(x: Tensor, width: int) -> Tensor:
+    """[N, C] -> [ceil(N / 16), ceil(C / width) * width, 16]: rows become lanes; zeros fill up."""
+    n, c = x.shape
+    x = F.pad(x, (0, -c % width, 0, -n % 16))
+    return x.unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
+
+
+def stream_tiles(packed: Tensor, words: int) -> Tensor:
+    """Rows of bytes [N, C] as int32 lanes [ceil(N / 16), W, 16], W a multiple of `words`."""
+    padded = F.pad(packed, (0, -packed.shape[1] % 4))
+    return interleave_rows(padded.contiguous().view(torch.int32), words)
+
+
+class CodedLinear(QuantizedLinear):
+    """Buffers: weight uint8 [N, ceil(K bits / 8)]; scales [N, G]; zeros, if the format has any,
+    integers of `bits` bits each, packed: uint8 [N, ceil(G bits / 8)].
+
+    A format sets `bits`, `table` and `grid`, and where they differ from the plain case
+    `default_groupsize`, `has_zeros`, `exponent_bits` and `activations`. Group size 0 is one group
+    per row; so is a format without group sizes.
+    """
+
+    bits: int
+    has_zeros = False
+    exponent_bits = 0  # of codes that are small floats: sign, exponent, mantissa
+    activations = 0  # quantized by the product: SYMMETRIC, ASYMMETRIC, or not
+    groupsizes = (32, 64, 128, 256)
+
+    def __init__(
+        self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None,
+        groupsize: int | None = None, scale_dtype: torch.dtype = torch.bfloat16,
+    ):  # fmt: skip
+        super().__init__(in_features, out_features, bias, dtype, device)
+        self.groupsize_setting = self.default_groupsize if groupsize is None else groupsize
+        self.groupsize = self.groupsize_setting or in_features
+        if self.groupsize < 1:
+            raise ValueError(f"group size {groupsize}: must be positive, or 0 for one per row")
+        groups, bytes_ = -(-in_features // self.groupsize), {"dtype": torch.uint8, "device": device}
+        shape = (out_features, self.row_bytes())
+        self.register_buffer("weight", torch.empty(shape, **bytes_))
+        shape = (out_features, groups)
+        self.register_buffer("scales", torch.empty(shape, dtype=scale_dtype, device=device))
+        shape = (out_features, packed_size(groups, self.bits))
+        self.register_buffer("zeros", torch.empty(shape, **bytes_) if self.has_zeros else None)
+        for name in TILES:
+            self.register_buffer(name, None, persistent=False)
+
+    def settings(self) -> dict:
+        rest = {} if self.default_groupsize is None else {"groupsize": self.groupsize_setting}
+        return {"format": self.name, **rest}
+
+    def row_bytes(self) -> int:
+        """Bytes of a row's codes."""
+        return packed_size(self.in_features, self.bits)
+
+    def table(self) -> Tensor:
+        """What each code stands for, fp32 [2 ** bits]."""
+        raise NotImplementedError
+
+    def pack(self, codes: Tensor, params: Params) -> None:
+        self.weight = pack(codes, self.bits)
+        self.scales = params["scales"].to(self.scales.dtype)
+        if self.has_zeros:
+            self.zeros = pack(params["zeros"], self.bits)
+
+    def dequantize_rows(self, rows: slice) -> Tensor:
+        """Rows of the weight, fp32."""
+        codes = unpack(self.weight[rows], self.bits, self.in_features)
+        values = self.table().to(codes.device)[codes.long()]
+        scales = self.scales[rows].float()
+        block = (1, self.groupsize)
+        if self.has_zeros:
+            zeros = unpack(self.zeros[rows], self.bits, scales.shape[1]).float()
+            values = values - affine.block_expand(zeros, block, codes.shape)
+        return values * affine.block_expand(scales, block, codes.shape)
+
+    def panels(self) -> list[slice]:
+        """All rows, as many at a time as make a bounded piece of the weight."""
+        step = max(16, PANEL // self.in_features)
+        return [
+            slice(i, min(i + step, self.out_features)) for i in range(0, self.out_features, step)
+        ]
+
+    def dequantize(self) -> Tensor:
+        return torch.cat([self.dequantize_rows(rows) for rows in self.panels()])
+
+    def repack(self) -> None:
+        whole_words = self.groupsize % 32 == 0 or self.groupsize >= self.in_features
+        if self.weight is None or self.weight.device.type != "cpu" or not whole_words:
+            return
+        if native.load():
+            self.make_tiles()
+            self.weight = self.scales = self.zeros = None
+
+    def make_tiles(self) -> None:
+        """The canonical buffers as tiles of 16 rows; see the top of the file."""
+        self.tiles = stream_tiles(self.weight.view(torch.uint8), self.bits)
+        self.tile_scales = interleave_rows(self.scales, 1)
+        self.lookup = self.table().float()
+        if self.has_zeros:
+            zeros = unpack(self.zeros, self.bits, self.scales.shape[1])
+            self.tile_zeros = interleave_rows(zeros, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reference(x) if self.tiles is None else self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product of the tiles."""
+        return torch.ops.flatllama.coded_linear(
+            x, self.tiles, self.tile_scales, self.tile_zeros, self.tile_group_scales,
+            self.tile_positions, self.lookup, bias, self.out_features, self.in_features,
+            self.bits, self.groupsize, self.exponent_bits, self.activations,
+        )  # fmt: skip
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The product in plain torch, a panel of the weight at a time."""
+        parts = [F.linear(x, self.dequantize_rows(r).to(x.dtype)) for r in self.panels()]
+        y = torch.cat(parts, -1)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def quantized_reference(self, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Quantized x (integers or e4m3 values) times the weight, then times x's scale."""
+        y = torch.cat([F.linear(x.float(), self.dequantize_rows(r)) for r in self.panels()], -1)
+        y = y * scale
+        return (y if self.bias is None else y + self.bias.float()).to(dtype)
