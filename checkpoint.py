@@ -19,6 +19,7 @@ from torch import Tensor
 from errors import UserError
 from kernels import FORMATS, QuantizedLinear
 from model import ModelConfig, Transformer
+from scripts.download import ensure_default_model
 
 VERSION = 1
 METADATA_KEY = "flatllama"  # our header, JSON, in the safetensors metadata
@@ -184,8 +185,16 @@ def _open_directory(path: Path) -> Checkpoint:
     return _checked(Checkpoint(path, path, config, {}, files))
 
 
-def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Open a Hugging Face directory, or a safetensors file of ours, without reading its tensors."""
+def open_checkpoint(path: Path | str | None = None) -> Checkpoint:
+    """Open a Hugging Face directory, or a safetensors file of ours, without reading its tensors.
+
+    None is the default model, fetched first if it is missing.
+    """
+    if path is None:
+        try:
+            path = ensure_default_model()
+        except (ValueError, OSError) as error:
+            raise UserError(str(error)) from None
     path = Path(path)
     if path.is_dir():
         return _open_directory(path)

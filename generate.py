@@ -22,7 +22,6 @@ from measure import device_name, peak_memory, read_bandwidth, spread
 from model import CONFIGS
 from modes import FLOAT_MODES, head_mode, parse_mode
 from quantize import quantize_, random_model
-from scripts.download import ensure_default_model
 from tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -58,7 +57,7 @@ def load(args: argparse.Namespace, random_name: str | None = None):
         dtype = dtype or torch.bfloat16
         model = random_model(CONFIGS[random_name], mode, args.device, dtype)
         return model, str(mode) if mode else "bf16", None
-    checkpoint = open_checkpoint(args.checkpoint_path or ensure_default_model())
+    checkpoint = open_checkpoint(args.checkpoint_path)
     if mode and checkpoint.header.get("layers"):
         raise UserError(f"{checkpoint.path} is quantized already: leave --quantization out")
     model = load_model(checkpoint, args.device, dtype)
@@ -152,6 +151,26 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer | None, vocab: int, seed: in
     return ids
 
 
+def open_tokenizer(directory: Path | None, model: nn.Module, required: bool) -> Tokenizer | None:
+    """The tokenizer beside a checkpoint, checked against the model's vocabulary.
+
+    None, where it is not `required`, for random weights and directories without tokenizer files.
+    """
+    files = ("tokenizer.json", "tokenizer.model")
+    if directory is None or (not required and not any((directory / f).exists() for f in files)):
+        return None
+    try:
+        tokenizer = load_tokenizer(directory)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from None
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, the model "
+            f"{model.config.vocab_size}: they do not belong together"
+        )
+    return tokenizer
+
+
 class Streamer:
     """Prints a row's tokens as they come, whole characters only."""
 
@@ -164,6 +183,14 @@ class Streamer:
 
     def close(self) -> None:
         print(self.decoder.finish(), flush=True)
+
+
+def render_chat(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
+    """The conversation's token ids, a template's complaint as a UserError."""
+    try:
+        return tokenizer.chat(messages)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def chat(engine: Engine, tokenizer: Tokenizer, max_new_tokens: int) -> None:
@@ -180,12 +207,18 @@ def chat(engine: Engine, tokenizer: Tokenizer, max_new_tokens: int) -> None:
         if not text:
             return
         messages.append({"role": "user", "content": text})
-        prompt = tokenizer.chat(messages)
-        room = engine.length - len(prompt)
-        if room < 1:
-            raise UserError(f"the conversation fills the context of {engine.length} tokens")
+        prompt = render_chat(tokenizer, messages)
+        while len(prompt) + max_new_tokens > engine.length:
+            if len(messages) == 1:
+                raise UserError(
+                    f"this message and {max_new_tokens} new tokens do not fit the context of "
+                    f"{engine.length} tokens: raise --cache_size or lower --max_new_tokens"
+                )
+            print("(the context is full: the oldest turn is forgotten)", file=sys.stderr)
+            messages = messages[2:]
+            prompt = render_chat(tokenizer, messages)
         streamer = Streamer(tokenizer)
-        result = engine.generate([prompt], min(max_new_tokens, room), tokenizer.eos_ids, streamer)
+        result = engine.generate([prompt], max_new_tokens, tokenizer.eos_ids, streamer)
         streamer.close()
         reply = tokenizer.decode(result.token_ids[0])
         messages.append({"role": "assistant", "content": reply})
@@ -252,22 +285,13 @@ def main() -> None:
         raise UserError("--num_samples, --batch_size and --max_new_tokens must be at least 1")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     model, mode, directory = load(args, args.random_weights)
-    tokenizer = None
-    if directory is not None:
-        try:
-            tokenizer = load_tokenizer(directory)
-        except (ValueError, OSError) as error:
-            raise UserError(str(error)) from None
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise UserError(
-                f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, the model "
-                f"{model.config.vocab_size}: they do not belong together"
-            )
+    tokenizer = open_tokenizer(directory, model, required=not args.prompt.isdecimal())
     if args.compile:
         configure_compiler()
     if args.interactive:
         if tokenizer is None:
             raise UserError("--interactive needs a model with a tokenizer")
+        render_chat(tokenizer, [{"role": "user", "content": "Hello"}])  # before a long compile
         prompt, length = [1], args.cache_size or min(2048, model.config.max_positions)
     else:
         prompt = encode_prompt(args.prompt, tokenizer, model.config.vocab_size, args.seed)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 import checkpoint as ckpt
 from calibration import CalibrationStream, InputStatistics, calibration_tokens
+from engine import Engine, Sampling
 from errors import UserError, check_device, cli, progress
-from kernels import FORMATS
+from kernels import FORMATS, Grid
 from model import ModelConfig, RMSNorm, Transformer, TransformerBlock
 from modes import ALGORITHMS, FLOAT_MODES, Mode, head_mode, mode_names, parse_mode
-from scripts.download import ensure_default_model
 from tokenizer import load_tokenizer
 
 # The linear layers of a block in the order in which they run: each is quantized on the inputs
@@ -39,30 +39,40 @@ def quantize_linear(
     mode: Mode,
     stats: InputStatistics | None = None,
     dtype: torch.dtype | None = None,
+    grid: Grid | None = None,
     **options,
 ) -> nn.Module:
     """The quantized module that stands in for `linear`: same device and bias.
 
-    `dtype` is the model's, in which scales may be stored; by default the weight's own. `options`
-    go to the algorithm.
+    `dtype` is the model's, in which scales may be stored; by default the weight's own. `grid` is
+    one that has learned already, for a part of the rows. `options` go to the algorithm.
     """
     weight, cls = linear.weight, FORMATS[mode.format]
     dtype = dtype or weight.dtype
     rest = {k: v for k, v in mode.settings.items() if k != "format"}
-    with torch.device("meta"):
-        grid = cls(linear.in_features, linear.out_features, dtype=dtype, **rest).grid()
+    chunks = list(_row_chunks(*weight.shape))
+    if grid is None:
+        grid = make_grid(mode, linear.in_features, dtype)
+        grid.learn(weight[rows].detach().float() for rows in chunks)
     algorithm = ALGORITHMS[mode.algorithm]
     if algorithm.calibrated:
         codes, params = algorithm.run(weight.detach().float(), grid, stats, **options)
     else:  # rows are independent: a few at a time bounds the memory
         parts = [
-            algorithm.run(weight[rows].detach().float(), grid, None, **options)
-            for rows in _row_chunks(*weight.shape)
+            algorithm.run(weight[rows].detach().float(), grid, None, **options) for rows in chunks
         ]
         codes = torch.cat([c for c, _ in parts])
         params = {k: torch.cat([p[k] for _, p in parts]) for k in parts[0][1]}
     bias = None if linear.bias is None else linear.bias.detach()
-    return cls.from_codes(codes, params, bias, dtype, **rest)
+    return cls.from_codes(codes, {**params, **grid.shared()}, bias, dtype, **rest)
+
+
+def make_grid(mode: Mode, in_features: int, dtype: torch.dtype) -> Grid:
+    """The grid of the mode's format for weights [N, in_features]."""
+    rest = {k: v for k, v in mode.settings.items() if k != "format"}
+    with torch.device("meta"):
+        module = FORMATS[mode.format](in_features, 1, dtype=dtype, **rest)
+    return module.grid()
 
 
 def relative_error(weight: Tensor, quantized: nn.Module) -> float:
@@ -110,10 +120,10 @@ def _collect(
     model: nn.Module, linears: dict[str, nn.Linear], inputs: Iterable[tuple]
 ) -> dict[str, InputStatistics]:
     """Input statistics of every linear layer over `inputs`."""
-    stats = {name: InputStatistics(m.in_features, m.weight.device) for name, m in linears.items()}
+    stats = {n: InputStatistics.empty(m.in_features, m.weight.device) for n, m in linears.items()}
     hooks = [
-        m.register_forward_pre_hook(lambda _, args, s=stats[name]: s.add(args[0]))
-        for name, m in linears.items()
+        m.register_forward_pre_hook(lambda _, args, s=stats[n]: s.add(args[0].flatten(0, -2)))
+        for n, m in linears.items()
     ]
     with torch.no_grad():
         for args in inputs:
@@ -204,7 +214,11 @@ class CheckpointQuantizer:
         module = name.rpartition(".")[0]
         stored = "tok_embeddings.weight" if self._tied(name) else name
         shape = self.source.spec(stored)[1]
-        errors = []
+        errors, grid = [], None
+        if module in self.layers:
+            grid = make_grid(self.head, shape[1], self.dtype)
+            chunks = _row_chunks(*shape)
+            grid.learn(self.source.tensor(stored, [r]).to(self.device).float() for r in chunks)
         for rows in _row_chunks(shape[0], shape[1] if len(shape) > 1 else 1):
             weight = self.source.tensor(stored, [rows]).to(self.device)
             if module not in self.layers:
@@ -212,9 +226,11 @@ class CheckpointQuantizer:
                 continue
             linear = nn.Linear(shape[1], len(weight), bias=False, device="meta")
             linear.weight = nn.Parameter(weight, requires_grad=False)
-            quantized = quantize_linear(linear, self.head, dtype=self.dtype)
+            quantized = quantize_linear(linear, self.head, dtype=self.dtype, grid=grid)
             errors.append(relative_error(weight, quantized))
             for key, tensor in quantized.state_dict().items():
+                if rows.start and key in quantized.shared:
+                    continue  # written with the first rows
                 self.writer.write(f"{module}.{key}", tensor, rows.start)
         if errors:
             mean = sum(errors) / len(errors)
@@ -298,20 +314,42 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def own_samples(source: ckpt.Checkpoint, args: argparse.Namespace) -> Tensor:
+    """Text that the model itself writes at temperature 1, int64 [samples, seq_length].
+
+    Every row starts from a random token, so that the rows differ; no text is needed at all.
+    """
+    samples, length = args.calibration_samples, args.calibration_seq_length
+    model = ckpt.load_model(source, args.device)
+    generator = torch.Generator().manual_seed(args.seed)
+    first = torch.randint(0, source.config.vocab_size, (samples,), generator=generator).tolist()
+    rows = []
+    for i in range(0, samples, 16):
+        prompts = [[token] for token in first[i : i + 16]]
+        progress(f"the model writes sample {i + 1} of {samples}")
+        engine = Engine(model, Sampling(1.0, 0), batch=len(prompts), length=length, seed=i)
+        result = engine.generate(prompts, length - 1)
+        rows += [p + ids for p, ids in zip(prompts, result.token_ids, strict=True)]
+    return torch.tensor(rows)
+
+
 def calibrate(source: ckpt.Checkpoint, args: argparse.Namespace) -> tuple[CalibrationStream, dict]:
     """The stream of calibration samples, and how it was made, for the header."""
-    model = ckpt.load_model(source, args.device) if args.calibration == "self" else None
-    try:
-        tokens = calibration_tokens(
-            load_tokenizer(source.directory), args.calibration, args.calibration_samples,
-            args.calibration_seq_length, args.seed, model,
-        )  # fmt: skip
-    except (ValueError, OSError) as error:
-        raise UserError(f"calibration: {error}") from None
-    embeddings = source.tensor("tok_embeddings.weight")
+    samples, length = args.calibration_samples, args.calibration_seq_length
+    if length > source.config.max_positions:
+        raise UserError(f"the model's context is {source.config.max_positions}, not {length}")
+    if args.calibration == "self":
+        tokens = own_samples(source, args)
+    else:
+        try:
+            tokenizer = load_tokenizer(source.directory)
+            tokens = calibration_tokens(tokenizer, args.calibration, samples, length, args.seed)
+        except (ValueError, OSError) as error:
+            raise UserError(f"calibration: {error}") from None
+    embeddings = source.tensor("tok_embeddings.weight").to(args.device)
     how = {
-        "calibration": Path(args.calibration).name, "samples": args.calibration_samples,
-        "seq_length": args.calibration_seq_length, "seed": args.seed,
+        "calibration": Path(args.calibration).name, "samples": samples, "seq_length": length,
+        "seed": args.seed,
     }  # fmt: skip
     return CalibrationStream(tokens.to(args.device), embeddings, source.config), how
 
@@ -323,7 +361,7 @@ def main() -> None:
         return
     begin = time.perf_counter()
     mode = parse_mode(args.mode, args.groupsize)
-    source = ckpt.open_checkpoint(args.checkpoint_path or ensure_default_model())
+    source = ckpt.open_checkpoint(args.checkpoint_path)
     if source.header:
         raise UserError(f"{source.path} is quantized already: give the source model's directory")
     check_device(args.device)

@@ -4,7 +4,7 @@ set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
 model=checkpoints/smollm2-135m-instruct
 echo "== fetching the default model"
-python scripts/download.py
+[ -d "$model" ] || python scripts/download.py
 echo "== quantizing to int4-gptq (a few minutes)"
 python quantize.py --mode int4-gptq
 echo "== generating"
