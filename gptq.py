@@ -19,16 +19,17 @@ from kernels.linear import Grid, Params
 
 
 def damped(hessian: Tensor, percdamp: float) -> Tensor:
-    """H + percdamp * mean(diag H) * I, with 1 on the diagonal of a dead column (H_ii = 0).
+    """H + percdamp * diag(H), and 1 on the diagonal of a dead column (H_ii = 0).
 
-    A dead column's input was never seen; with no correlation to the others it is rounded to
-    nearest, which is safer than the usual zero should its input turn up after all.
+    In proportion to each entry, not to their mean: correlations shrink by 1 / (1 + percdamp)
+    however small the inputs are. That guards against correlations of the calibration text which
+    other text lacks, and makes any covariance positive definite. A dead column's input was never
+    seen; without correlations it is rounded to nearest, safer than zero if it turns up after all.
     """
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
-    dead = diagonal <= 0
-    diagonal.add_(percdamp * diagonal[~dead].mean() if not dead.all() else 0.0)
-    diagonal[dead] = 1.0
+    diagonal.mul_(1 + percdamp)
+    diagonal[diagonal <= 0] = 1.0
     return hessian
 
 
@@ -74,10 +75,10 @@ def fit_clipped(
 
 @torch.no_grad()
 def gptq(
-    w: Tensor, grid: Grid, stats: InputStatistics, percdamp: float = 0.01, blocksize: int = 128
+    w: Tensor, grid: Grid, stats: InputStatistics, percdamp: float = 0.25, blocksize: int = 128
 ) -> tuple[Tensor, Params]:
     """Codes [N, K] and params of the weight w [N, K] fp32, for inputs like those of `stats`."""
-    params = fit_clipped(w, grid, stats.hessian)
+    params = fit_clipped(w, grid, damped(stats.hessian, percdamp))
     order = stats.hessian.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(stats.hessian[order][:, order], percdamp)
     free = w.t()[order]  # [K, N], the columns in the order of their turn

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from calibration import InputStatistics
-from gptq import fit_clipped, gptq
+from gptq import damped, fit_clipped, gptq
 from kernels.int4 import Int4Grid
 from kernels.int8 import Int8Grid
 
@@ -76,7 +76,7 @@ def test_beats_rounding_to_nearest(features, grid):
     w, stats = problem(16, features, tokens=2 * features)
     codes, params = gptq(w, grid, stats)
     assert codes.shape == w.shape and codes.is_contiguous()
-    assert loss(grid, w, codes, params, stats.hessian) < 0.6 * nearest_loss(grid, w, stats.hessian)
+    assert loss(grid, w, codes, params, stats.hessian) < 0.7 * nearest_loss(grid, w, stats.hessian)
 
 
 def test_the_clip_search_never_loses_to_the_full_range():
@@ -91,8 +91,8 @@ def test_the_clip_search_never_loses_to_the_full_range():
 def test_groups_stay_as_fitted_before_the_first_update():
     w, stats = problem(16, 96)
     grid = Int4Grid(32)
-    _, params = gptq(w, grid, stats)
-    fitted = fit_clipped(w, grid, stats.hessian)
+    _, params = gptq(w, grid, stats, percdamp=0.1)
+    fitted = fit_clipped(w, grid, damped(stats.hessian, 0.1))
     assert all(torch.equal(params[name], fitted[name]) for name in fitted)
 
 
