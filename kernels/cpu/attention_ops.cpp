@@ -1,6 +1,6 @@
 // Attention, the choice of level, and the read bandwidth as operators.
-#include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <chrono>
