@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import KVCache, ModelConfig, Transformer, TransformerBlock, rope_frequencies
+from model import KVCache, ModelConfig, TransformerBlock, rope_frequencies
 from tokenizer import Tokenizer
 
 BUNDLED = Path(__file__).parent / "data" / "calibration.txt"
@@ -46,22 +46,13 @@ class InputStatistics:
 
 
 def calibration_tokens(
-    tokenizer: Tokenizer,
-    source: str,
-    samples: int,
-    seq_length: int,
-    seed: int = 0,
-    model: Transformer | None = None,
+    tokenizer: Tokenizer, source: str, samples: int, seq_length: int, seed: int = 0
 ) -> Tensor:
-    """Token ids [samples, seq_length] int64, the same for the same `seed`.
+    """Token ids [samples, seq_length] int64 of disjoint windows of a text, chosen by `seed`.
 
-    `source` is "bundled" for the text that ships with the project or the path of a text file, of
-    which disjoint windows are taken, or "self" for text that `model` writes itself. Raises
-    ValueError when the text is too short, OSError when it cannot be read.
+    `source` is "bundled" for the text that ships with the project, or the path of a text file.
+    Raises ValueError when the text is too short, OSError when it cannot be read.
     """
-    generator = torch.Generator().manual_seed(seed)
-    if source == "self":
-        return self_generated(model, samples, seq_length, generator)
     path = BUNDLED if source == "bundled" else Path(source)
     ids = torch.tensor(tokenizer.encode(path.read_text(encoding="utf-8"), allow_special=False))
     windows = len(ids) // seq_length
@@ -70,27 +61,8 @@ def calibration_tokens(
             f"{path.name} has {len(ids)} tokens, too few for {samples} samples of {seq_length}: "
             "give a longer text, or fewer or shorter samples"
         )
-    chosen = torch.randperm(windows, generator=generator)[:samples]
+    chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
     return ids[: windows * seq_length].view(windows, seq_length)[chosen]
-
-
-@torch.no_grad()
-def self_generated(
-    model: Transformer, samples: int, seq_length: int, generator: torch.Generator
-) -> Tensor:
-    """Text sampled from the model at temperature 1, after one random token, as in LLM-QAT.
-
-    Liu et al. 2023 (arXiv 2305.17888). Returns int64 [samples, seq_length].
-    """
-    device = model.tok_embeddings.weight.device
-    model.setup_cache(samples, seq_length)
-    tokens = torch.randint(model.config.vocab_size, (samples, 1), generator=generator)
-    for position in range(seq_length - 1):
-        start = torch.full((samples,), position, device=device)
-        logits = model(tokens[:, -1:].to(device), start)[:, 0]
-        drawn = logits.float().softmax(-1).cpu().multinomial(1, generator=generator)
-        tokens = torch.cat([tokens, drawn], 1)
-    return tokens
 
 
 class CalibrationStream:

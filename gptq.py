@@ -75,37 +75,55 @@ def fit_clipped(
 
 @torch.no_grad()
 def gptq(
-    w: Tensor, grid: Grid, stats: InputStatistics, percdamp: float = 0.25, blocksize: int = 128
+    w: Tensor,
+    grid: Grid,
+    stats: InputStatistics,
+    percdamp: float = 0.25,
+    clip_steps: int = 20,
+    act_order: bool = True,
+    blocksize: int = 128,
 ) -> tuple[Tensor, Params]:
-    """Codes [N, K] and params of the weight w [N, K] fp32, for inputs like those of `stats`."""
-    params = fit_clipped(w, grid, damped(stats.hessian, percdamp))
-    order = stats.hessian.diagonal().argsort(descending=True, stable=True)
+    """Codes [N, K] and params of the weight w [N, K] fp32, for inputs like those of `stats`.
+
+    Args:
+        percdamp: damping, in proportion to the Hessian's diagonal.
+        clip_steps: how many ranges the clip search tries; 1 takes the full range.
+        act_order: columns of large inputs first; else from left to right.
+        blocksize: columns updated at once; changes the speed only.
+    """
+    hessian = damped(stats.hessian, percdamp)
+    keep = grid.keep(w.abs() * hessian.diagonal().sqrt())  # Wanda's importance, arXiv 2306.11695
+    params = fit_clipped(w * keep, grid, hessian, clip_steps)
+    order = torch.arange(w.shape[1], device=w.device)
+    if act_order:
+        order = stats.hessian.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(stats.hessian[order][:, order], percdamp)
-    free = w.t()[order]  # [K, N], the columns in the order of their turn
-    codes = None
+    free, keep = w.t()[order], keep.t()[order]  # [K, N], the columns in the order of their turn
+    codes = []
     for first in range(0, len(order), blocksize):
-        columns = order[first : first + blocksize]
-        last = first + len(columns)
+        last = min(first + blocksize, len(order))
         rows, errors = round_block(
-            free[first:last], factor[first:last, first:last], grid, grid.columns(params, columns)
-        )
+            free[first:last], keep[first:last], factor[first:last, first:last],
+            grid, grid.columns(params, order[first:last]),
+        )  # fmt: skip
         free[last:] -= factor[first:last, last:].t() @ errors
-        if codes is None:
-            codes = torch.empty(free.shape, dtype=rows.dtype, device=w.device)
-        codes[columns] = rows
-    return codes.t().contiguous(), params
+        codes.append(rows)
+    return torch.cat(codes)[order.argsort()].t().contiguous(), params
 
 
-def round_block(w: Tensor, factor: Tensor, grid: Grid, params: Params) -> tuple[Tensor, Tensor]:
+def round_block(
+    w: Tensor, keep: Tensor, factor: Tensor, grid: Grid, params: Params
+) -> tuple[Tensor, Tensor]:
     """Round the columns w [C, N] in turn, passing errors on within the block (w is overwritten).
 
-    Returns the codes [C, N] and the errors e [C, N] that the columns after the block shall absorb.
+    Where `keep` [C, N] is false a sparse grid wants 0. Returns the codes [C, N] and the errors e
+    [C, N] that the columns after the block shall absorb.
     """
     params = {name: p.t().contiguous() for name, p in params.items()}  # [C, N]
     codes, errors = [], torch.empty_like(w)
     for i in range(len(w)):
         own = {name: p[i][:, None] for name, p in params.items()}
-        codes.append(grid.round(w[i][:, None], own))
+        codes.append(grid.round((w[i] * keep[i])[:, None], own))  # [N, 1]
         errors[i] = (w[i] - grid.decode(codes[-1], own)[:, 0]) / factor[i, i]
         w[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
     return torch.cat(codes, 1).t(), errors

@@ -107,14 +107,3 @@ def test_a_short_text_is_refused(tmp_path):
 
 def test_the_bundled_text_is_long_enough_for_the_defaults():
     assert calibration_tokens(Letters(), "bundled", 48, 1024).shape == (48, 1024)
-
-
-def test_the_model_can_write_its_own_samples(model):
-    tokens = calibration_tokens(None, "self", 3, 10, seed=5, model=model)
-    assert tokens.shape == (3, 10) and tokens.min() >= 0 and tokens.max() < 512
-    assert torch.equal(tokens, calibration_tokens(None, "self", 3, 10, seed=5, model=model))
-    # Each token comes from the distribution that the model gives after those before it.
-    model.setup_cache(3, 10)
-    logits = model(tokens, torch.zeros(3, dtype=torch.int64))
-    chance = logits.log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None])
-    assert chance.mean() > -15

@@ -5,6 +5,7 @@ import torch
 
 from calibration import InputStatistics
 from gptq import damped, fit_clipped, gptq
+from kernels import FORMATS
 from kernels.int4 import Int4Grid
 from kernels.int8 import Int8Grid
 
@@ -77,6 +78,19 @@ def test_beats_rounding_to_nearest(features, grid):
     codes, params = gptq(w, grid, stats)
     assert codes.shape == w.shape and codes.is_contiguous()
     assert loss(grid, w, codes, params, stats.hessian) < 0.7 * nearest_loss(grid, w, stats.hessian)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_serves_every_format(name):
+    w, stats = problem(16, 256)
+    w = w.bfloat16().float() / 16
+    module = FORMATS[name](256, 16, dtype=torch.bfloat16)
+    grid = module.grid()
+    codes, params = gptq(w, grid, stats)
+    assert loss(grid, w, codes, params, stats.hessian) < nearest_loss(grid, w, stats.hessian)
+    settings = {key: value for key, value in module.settings().items() if key != "format"}
+    packed = FORMATS[name].from_codes(codes, params | grid.shared(), None, w.dtype, **settings)
+    torch.testing.assert_close(packed.dequantize(), decode(grid, codes, params))
 
 
 def test_the_clip_search_never_loses_to_the_full_range():
