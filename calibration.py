@@ -6,6 +6,7 @@ layers already done within a block, are the quantized ones: each layer sees, and
 error that really reaches it ("true sequential").
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ BUNDLED = Path(__file__).parent / "data" / "calibration.txt"
 LAYERS = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
 
 
+@dataclass
 class InputStatistics:
     """Statistics of one linear layer's inputs x [K], over all calibration tokens; fp32.
 
@@ -29,11 +31,16 @@ class InputStatistics:
         tokens: how many were seen.
     """
 
-    def __init__(self, features: int, device: torch.device | str | None = None):
-        self.hessian = torch.zeros(features, features, device=device)
-        self.mean_abs = torch.zeros(features, device=device)
-        self.max_abs = torch.zeros(features, device=device)
-        self.tokens = 0
+    hessian: Tensor
+    mean_abs: Tensor
+    max_abs: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, features: int, device: torch.device | str | None = None) -> "InputStatistics":
+        """Statistics of nothing yet."""
+        mean_abs, max_abs = torch.zeros(2, features, device=device)
+        return cls(torch.zeros(features, features, device=device), mean_abs, max_abs)
 
     def add(self, x: Tensor) -> None:
         """Take in the inputs x [..., K]."""
@@ -87,7 +94,7 @@ class CalibrationStream:
         if name != LAYERS[self.done]:
             raise ValueError(f"statistics of {name} asked for, {LAYERS[self.done]} is next")
         self.done += 1
-        stats = InputStatistics(block.get_submodule(name).in_features, self.states.device)
+        stats = InputStatistics.empty(block.get_submodule(name).in_features, self.states.device)
         inputs = []
         for i, x in enumerate(self.states.split(self.batch)):
             inputs.append(self._next_inputs(block, name, x, i))

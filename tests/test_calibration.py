@@ -39,7 +39,7 @@ def linear_inputs(model, tokens):
 
 def test_statistics_by_definition():
     x = torch.randn(3, 50, 8)
-    stats = InputStatistics(8)
+    stats = InputStatistics.empty(8)
     stats.add(x[0])
     stats.add(x[1:])  # [..., K], in unequal pieces
     flat = x.flatten(0, 1)

@@ -14,7 +14,7 @@ def problem(rows: int, features: int, tokens: int = 400, seed: int = 0):
     """A random weight and the statistics of correlated inputs."""
     torch.manual_seed(seed)
     x = torch.randn(tokens, features) @ torch.randn(features, features) / features**0.5
-    stats = InputStatistics(features)
+    stats = InputStatistics.empty(features)
     stats.add(x * (torch.rand(features) + 0.1))
     return torch.randn(rows, features), stats
 
