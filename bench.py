@@ -1,0 +1,316 @@
+"""The table: speed, bandwidth, memory, size and perplexity of many modes in one run.
+
+python bench.py --modes bf16,int8,int4,int4-gptq:128 --text wiki.test.raw --plot table.png
+python bench.py --random_weights llama-3-8b --modes bf16,int8,int4
+
+Every quantized mode becomes a checkpoint first (quantize.py), so that what is measured is what
+a user runs. Then the modes take turns, each turn a fresh `generate.py` process: memory is that
+mode's alone, and a drift of the machine hits all alike. A figure is the median of the turns.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from bench_report import Row, plot, pyplot, table
+from checkpoint import Checkpoint, open_checkpoint
+from errors import UserError, check_device, cli, progress
+from model import CONFIGS
+from modes import FLOAT_MODES, Mode, head_mode, mode_names, parse_mode
+from quantize import default_output
+from scripts.download import ensure_default_model
+
+HERE = Path(__file__).parent
+MIN_STEPS = 50  # timed; the three warm-up steps come on top
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "config.json",
+                   "generation_config.json", "chat_template.jinja")  # fmt: skip
+NOISE = 0.05  # a larger spread between a mode's turns is flagged
+
+
+@dataclass
+class Entry:
+    """One row in the making: a mode's name, the flags that load it, and what its turns measured."""
+
+    mode: str
+    flags: list[str]
+    turns: list[dict] = field(default_factory=list)
+    perplexity: float | None = None
+
+
+def run_script(script: str, flags: list[str]) -> dict:
+    """Run a script of this project in a process of its own; returns what its --json wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        figures = Path(folder) / "figures.json"
+        command = [sys.executable, str(HERE / script), *flags, "--json", str(figures)]
+        done = subprocess.run(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+        )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"{script} {' '.join(flags)}: {last.removeprefix('error: ')}")
+        return json.loads(figures.read_text())
+
+
+def read_modes(names: list[str], groupsize: int | None) -> list[Mode | Path]:
+    """Modes, `mode:groupsize`, or paths of checkpoint files, checked before anything runs.
+
+    `groupsize` is for the modes that have groups and name no size of their own.
+    """
+    parsed: list[Mode | Path] = []
+    for name in names:
+        if name.endswith(".safetensors"):
+            parsed.append(Path(name))
+            continue
+        text, _, size = name.partition(":")
+        if size and not size.isdecimal():
+            raise UserError(f"mode {name!r}: after the colon comes a group size, as in int4:128")
+        mode = parse_mode(text, int(size) if size else None)
+        if not size and mode.groupsize is not None:
+            mode = parse_mode(text, groupsize)
+        parsed.append(mode)
+    return parsed
+
+
+def label(mode: Mode) -> str:
+    """int4-gptq.g64"""
+    return f"{mode}.g{mode.groupsize}" if mode.groupsize else str(mode)
+
+
+def entry_of_file(path: Path) -> Entry:
+    """A row for a checkpoint that is there already."""
+    header = open_checkpoint(path).header
+    group = f".g{header['groupsize']}" if header.get("groupsize") else ""
+    return Entry(f"{header.get('mode', path.stem)}{group}", ["--checkpoint_path", str(path)])
+
+
+def random_entry(mode: Mode, name: str) -> Entry:
+    """A row of random weights of true shape, quantized on load layer by layer."""
+    flags = ["--random_weights", name]
+    if mode.format in FLOAT_MODES:
+        return Entry(label(mode), [*flags, "--precision", mode.format])
+    group = ["--groupsize", str(mode.groupsize)] if mode.groupsize else []
+    return Entry(label(mode), [*flags, "--quantization", str(mode), *group])
+
+
+def quantized_file(source: Checkpoint, mode: Mode, folder: Path, device: str) -> Path:
+    """A checkpoint of that mode: the one beside the source, or in `folder`, or written there.
+
+    A file is taken only if its header says this mode, group size and the default LM head.
+    """
+    name = default_output(source, mode).name
+    want = (str(mode), mode.groupsize, str(head_mode(mode, None)))
+    for path in (source.directory / name, folder / name):
+        if path.exists():
+            header = open_checkpoint(path).header
+            if tuple(header.get(k) for k in ("mode", "groupsize", "lm_head")) == want:
+                progress(f"{label(mode)}: {path} is there already")
+                return path
+    progress(f"{label(mode)}: quantizing ...")
+    for file in TOKENIZER_FILES:  # a checkpoint's tokenizer is looked for beside it
+        if (source.directory / file).exists():
+            shutil.copy(source.directory / file, folder)
+    group = ["--groupsize", str(mode.groupsize)] if mode.groupsize else []
+    flags = ["--mode", str(mode), *group, "--checkpoint_path", str(source.path)]
+    run_script("quantize.py", [*flags, "--output", str(folder / name), "--device", device])
+    return folder / name
+
+
+def checkpoint_entry(source: Checkpoint, mode: Mode, folder: Path, device: str) -> Entry:
+    """A row for a mode of a source checkpoint."""
+    if mode.format in FLOAT_MODES:
+        flags = ["--checkpoint_path", str(source.path), "--precision", mode.format]
+        return Entry(label(mode), flags)
+    path = quantized_file(source, mode, folder, device)
+    return Entry(label(mode), ["--checkpoint_path", str(path)])
+
+
+def take_turns(entries: list[Entry], flags: list[str], repeats: int) -> None:
+    """Measure every entry `repeats` times, all of them once before any of them again."""
+    for turn in range(repeats):
+        for entry in entries:
+            figures = run_script("generate.py", [*entry.flags, *flags])
+            entry.turns.append(figures)
+            speed = figures["decode_tokens_per_s"]["p50"]
+            progress(f"turn {turn + 1} of {repeats}: {entry.mode} {speed:.1f} tokens/s")
+
+
+def score(entries: list[Entry], flags: list[str]) -> None:
+    """The perplexity of every entry by eval.py; returns nothing, fills the entries."""
+    for entry in entries:
+        entry.perplexity = run_script("eval.py", [*entry.flags, *flags])["perplexity"]
+        progress(f"{entry.mode}: perplexity {entry.perplexity:.4f}")
+
+
+def make_rows(entries: list[Entry], read_bandwidth: float) -> list[Row]:
+    """Medians of the turns; percentages of `read_bandwidth`, bytes per second."""
+
+    def middle(entry: Entry, pick: Callable[[dict], float]) -> float:
+        return statistics.median(map(pick, entry.turns))
+
+    speeds = [middle(e, lambda f: f["decode_tokens_per_s"]["p50"]) for e in entries]
+    base = next((s for e, s in zip(entries, speeds, strict=True) if e.mode == "bf16"), None)
+    rows = []
+    for entry, speed in zip(entries, speeds, strict=True):
+        turns = [f["decode_tokens_per_s"]["p50"] for f in entry.turns]
+        spread = (max(turns) - min(turns)) / speed
+        bandwidth = middle(entry, lambda f: f["bandwidth_bytes_per_s"])
+        memory = int(middle(entry, lambda f: f["peak_memory_bytes"]))
+        size = int(middle(entry, lambda f: f["weight_bytes"]))
+        first = middle(entry, lambda f: f["time_to_first_token_s"])
+        row = Row(
+            entry.mode, entry.perplexity, speed, speed / base if base else None, bandwidth,
+            100 * bandwidth / read_bandwidth, memory, size, first, spread, spread > NOISE,
+        )  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Measure many modes in one run.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint_path", type=Path, help="a Hugging Face directory; default: the default model")
+    add("--random_weights", choices=list(CONFIGS), metavar="NAME",
+        help=f"true shapes, random weights, no files: {', '.join(CONFIGS)}")  # fmt: skip
+    add("--modes", help="comma-separated: modes, mode:groupsize, or files of quantize.py; "
+        "default: every mode")  # fmt: skip
+    add("--groupsize", type=int, help="of the modes that have groups; default: the format's")
+    add("--text", type=Path, help="text to measure perplexity on; default: no perplexity")
+    add("--seq_length", type=int, default=2048, help="tokens of a perplexity window")
+    add("--limit", type=int, help="perplexity windows; default: all")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, help="CPU threads; default: torch's, one per core")
+    add("--exact_activations", action="store_true",
+        help="CPU: weight-only kernels never round activations to int8 blocks")  # fmt: skip
+    add("--prompt", type=int, default=64, metavar="N", help="tokens of the synthetic prompt")
+    add("--max_new_tokens", type=int, default=128)
+    add("--kv_cache", choices=["bf16", "int8"], default="bf16")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True)
+    add("--compile_mode", default="reduce-overhead",
+        choices=["default", "reduce-overhead", "max-autotune",
+                 "max-autotune-no-cudagraphs"])  # fmt: skip
+    add("--repeats", type=int, default=3, help="turns; a figure is their median")
+    add("--work_dir", type=Path,
+        help="keep the quantized checkpoints here, and use those that are there; "
+        "default: a temporary folder")  # fmt: skip
+    add("--json", type=Path, help="write the rows here")
+    add("--plot", type=Path, metavar="FILE.png", help="draw speed and size against perplexity")
+    return parser.parse_args()
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before the long part begins."""
+    check_device(args.device)
+    if args.max_new_tokens <= MIN_STEPS:
+        raise UserError(f"--max_new_tokens {args.max_new_tokens}: at least {MIN_STEPS + 1}, "
+                        f"because {MIN_STEPS} steps are timed")  # fmt: skip
+    if args.repeats < 1 or args.prompt < 1:
+        raise UserError("--repeats and --prompt must be at least 1")
+    if args.random_weights and (args.text or args.checkpoint_path):
+        raise UserError("--random_weights goes without --checkpoint_path and --text")
+    if args.text and not args.text.is_file():
+        raise UserError(f"no text file at {args.text}")
+    if args.plot:
+        if not args.text:
+            raise UserError("--plot draws against perplexity: give --text")
+        pyplot()
+
+
+def shared_flags(args: argparse.Namespace) -> list[str]:
+    """What every turn's generate.py and every eval.py get alike."""
+    threads = ["--threads", str(args.threads)] if args.threads else []
+    exact = ["--exact_activations"] if args.exact_activations else []
+    return ["--device", args.device, "--kv_cache", args.kv_cache, *threads, *exact]
+
+
+def benchmark(entries: list[Entry], args: argparse.Namespace) -> dict:
+    """Measure the entries in turns, then score them; the figures for --json."""
+    shared = shared_flags(args)
+    compiled = ["--compile", "--compile_mode", args.compile_mode] if args.compile else []
+    generate = [
+        "--prompt", str(args.prompt), "--max_new_tokens", str(args.max_new_tokens),
+        "--temperature", "0", "--ignore_eos", *compiled,
+    ]  # fmt: skip
+    take_turns(entries, [*shared, *generate], args.repeats)
+    protocol = (
+        f"decoding {args.max_new_tokens} tokens greedily after a prompt of {args.prompt}, batch 1, "
+        f"{'compiled' if args.compile else 'eager'}, prefill and compilation not counted; median "
+        f"of {args.repeats} turns of a fresh process per mode"
+    )
+    if args.text:
+        limit = ["--limit", str(args.limit)] if args.limit else []
+        length = ["--seq_length", str(args.seq_length)]
+        score(entries, [*shared, "--text", str(args.text), *length, *limit])
+        windows = f"the first {args.limit}" if args.limit else "all"
+        protocol += (
+            f"; token perplexity of {args.text.name}, {windows} non-overlapping "
+            f"{args.seq_length}-token windows"
+        )
+    turns = [figures for entry in entries for figures in entry.turns]
+    read = statistics.median(f["read_bandwidth_bytes_per_s"] for f in turns)
+    machine = {
+        "device": turns[0]["device"], "threads": turns[0]["threads"], "torch": torch.__version__,
+        "platform": platform.platform(), "read_bandwidth_bytes_per_s": read,
+    }  # fmt: skip
+    rows = [asdict(row) for row in make_rows(entries, read)]
+    return {"machine": machine, "command": sys.argv, "protocol": protocol, "rows": rows}
+
+
+def make_entries(args: argparse.Namespace, folder: Path) -> list[Entry]:
+    """The rows that the command line asks for, with their checkpoints made."""
+    names = args.modes.split(",") if args.modes else mode_names()
+    modes = read_modes([name.strip() for name in names if name.strip()], args.groupsize)
+    files = [entry_of_file(mode) for mode in modes if isinstance(mode, Path)]
+    if args.random_weights:
+        if files:
+            raise UserError("--random_weights has no checkpoint files: leave them out of --modes")
+        return [random_entry(mode, args.random_weights) for mode in modes]
+    source = open_checkpoint(args.checkpoint_path or ensure_default_model())
+    if source.header:
+        raise UserError(f"{source.path} is quantized already: give the source model's directory")
+    return [
+        files.pop(0) if isinstance(mode, Path)
+        else checkpoint_entry(source, mode, folder, args.device)
+        for mode in modes
+    ]  # fmt: skip
+
+
+def main() -> None:
+    args = parse_args()
+    check(args)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.work_dir or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = make_entries(args, folder)
+        figures = benchmark(entries, args)
+    progress("")
+    rows = [Row(**row) for row in figures["rows"]]
+    machine = figures["machine"]
+    print(
+        f"{args.random_weights or args.checkpoint_path or 'smollm2-135m-instruct'} on "
+        f"{machine['device']}, {machine['threads']} threads, which reads "
+        f"{machine['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s\n{figures['protocol']}\n"
+    )
+    print(table(rows))
+    if args.random_weights:
+        print("\nrandom weights of the true shape: speed and size only")
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1))
+    if args.plot:
+        plot(rows, args.plot, f"{machine['device']}; {args.text.name}")
+
+
+if __name__ == "__main__":
+    cli(main)

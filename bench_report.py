@@ -1,0 +1,84 @@
+"""The rows that bench.py measures: as a Markdown table, and drawn against perplexity."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from errors import UserError
+
+
+@dataclass
+class Row:
+    """One line of the table. SI units; the median over the turns."""
+
+    mode: str
+    perplexity: float | None
+    decode_tokens_per_s: float
+    ratio_to_bf16: float | None
+    bandwidth_bytes_per_s: float
+    percent_of_read_bandwidth: float
+    peak_memory_bytes: int
+    weight_bytes: int
+    time_to_first_token_s: float
+    spread: float  # (max - min) / median of the turns' decode speeds
+    noisy: bool
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as Markdown."""
+    head = ["Technique", "Perplexity", "Tokens/s", "x bf16", "Bandwidth GB/s", "% of read",
+            "Peak memory GB", "Model size GB", "First token ms"]  # fmt: skip
+    cells = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for row in rows:
+        cells.append([
+            row.mode,
+            "-" if row.perplexity is None else f"{row.perplexity:.3f}",
+            f"{row.decode_tokens_per_s:.1f}" + (" (noisy)" if row.noisy else ""),
+            "-" if row.ratio_to_bf16 is None else f"{row.ratio_to_bf16:.2f}",
+            f"{row.bandwidth_bytes_per_s / 1e9:.1f}",
+            f"{row.percent_of_read_bandwidth:.0f}%",
+            f"{row.peak_memory_bytes / 1e9:.3f}",
+            f"{row.weight_bytes / 1e9:.3f}",
+            f"{row.time_to_first_token_s * 1e3:.1f}",
+        ])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [[c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def pyplot():
+    """matplotlib's pyplot, drawing to files, or a UserError that says how to get it."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError(f"--plot needs matplotlib ({error}): pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def plot(rows: list[Row], path: Path, title: str = "") -> None:
+    """Draw tokens/s and model size against perplexity, a labelled point for each row."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5))
+    quantities = (
+        ("tokens/s", lambda row: row.decode_tokens_per_s),
+        ("model size, MB", lambda row: row.weight_bytes / 1e6),
+    )
+    points = [row for row in rows if row.perplexity is not None]
+    for axis, (name, pick) in zip(axes, quantities, strict=True):
+        axis.scatter([pick(row) for row in points], [row.perplexity for row in points])
+        for row in points:
+            where = (pick(row), row.perplexity)
+            axis.annotate(
+                row.mode, where, xytext=(4, 4), textcoords="offset points", fontsize="small"
+            )
+        axis.set(xlabel=name, ylabel="perplexity", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    figure.suptitle(title)
+    figure.tight_layout()
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+    plt.close(figure)

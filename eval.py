@@ -1,0 +1,244 @@
+"""Judge a model: perplexity, divergence from a reference, lm_eval tasks.
+
+python eval.py --checkpoint_path FILE --text wiki.test.raw --reference checkpoints/...
+python eval.py --checkpoint_path FILE --tasks wikitext hellaswag
+
+Token perplexity, exp of the mean negative log-likelihood, is over non-overlapping windows: the
+whole text is encoded once without BOS and cut; each window starts at position 0, all but its first
+token are scored, and the last partial window is dropped. It depends on the tokenizer. lm_eval's
+word perplexity is another figure, and the two are never mixed.
+
+Against a reference: KL(reference || model) = sum_v p_ref(v) (log p_ref(v) - log p(v)), averaged
+over the same tokens, and how often both put the same token first.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import repeat
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from calibration import BUNDLED
+from checkpoint import load_model, open_checkpoint
+from engine import configure_compiler
+from errors import UserError, cli, progress
+from generate import PRECISIONS, add_model_arguments, load
+from model import Transformer
+from scorer import Scorer
+from tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass
+class Score:
+    """What `perplexity` found. The last three compare with a reference, None without one."""
+
+    protocol: str
+    perplexity: float
+    tokens: int  # scored
+    seq_length: int
+    seconds: float
+    kl_mean: float | None = None
+    top1_agreement: float | None = None
+    perplexity_ratio: float | None = None
+
+
+def windows(ids: list[int], seq_length: int, limit: int | None = None) -> Tensor:
+    """The first `limit` non-overlapping windows of a text's tokens: [n, seq_length] int64."""
+    if seq_length < 2:
+        raise UserError(f"windows of {seq_length} tokens: take at least 2")
+    if limit is not None and limit < 1:
+        raise UserError(f"a limit of {limit} windows: take at least 1")
+    count = min(len(ids) // seq_length, limit or len(ids))
+    if count == 0:
+        raise UserError(
+            f"the text has {len(ids)} tokens, less than one window of {seq_length}: "
+            "give a longer text or a smaller --seq_length"
+        )
+    return torch.tensor(ids[: count * seq_length]).view(count, seq_length)
+
+
+def perplexity(
+    model: Transformer,
+    ids: list[int],
+    *,
+    seq_length: int = 2048,
+    limit: int | None = None,
+    reference: Transformer | None = None,
+    kv_cache: str = "bf16",
+    compiled: bool = False,
+    report: Callable[[str], None] = lambda text: None,
+) -> Score:
+    """Token perplexity of `model` on a text's tokens by the protocol above.
+
+    Args:
+        ids: the whole text, encoded without BOS.
+        limit: of the number of windows; None takes all.
+        reference: an unquantized model of the same vocabulary to measure the divergence from; it
+            runs over the same windows in the same pass.
+    """
+    cut = windows(ids, seq_length, limit)
+    if reference is not None and reference.config.vocab_size != model.config.vocab_size:
+        sizes = f"{model.config.vocab_size} and {reference.config.vocab_size} tokens"
+        raise UserError(f"the model and the reference have vocabularies of {sizes}: not comparable")
+    scorer = Scorer(model, 1, seq_length, kv_cache, compiled)
+    other = Scorer(reference, 1, seq_length, compiled=compiled) if reference else None
+    begin, sums = time.perf_counter(), torch.zeros(4, dtype=torch.float64)
+    for i, window in enumerate(cut):
+        sums += score_window(scorer, window, other)
+        so_far = (sums[0] / ((i + 1) * (seq_length - 1))).exp().item()
+        report(f"window {i + 1} of {len(cut)}: perplexity {so_far:.4f}")
+    tokens = len(cut) * (seq_length - 1)
+    loss, reference_loss, kl, agreed = (sums / tokens).tolist()
+    score = Score(
+        f"token perplexity over non-overlapping {seq_length}-token windows, each from position 0, "
+        "no BOS, all but a window's first token scored, the last partial window dropped",
+        torch.tensor(loss, dtype=torch.float64).exp().item(),
+        tokens, seq_length, time.perf_counter() - begin,
+    )  # fmt: skip
+    if reference is not None:
+        ratio = torch.tensor(loss - reference_loss, dtype=torch.float64).exp().item()
+        score.kl_mean, score.top1_agreement, score.perplexity_ratio = kl, agreed, ratio
+    return score
+
+
+def score_window(scorer: Scorer, window: Tensor, reference: Scorer | None = None) -> Tensor:
+    """Sums over a window's tokens 1 to n - 1, float64 [4].
+
+    They are the loss, the reference's loss, KL(reference || model), and how often both agree.
+    """
+    sums = torch.zeros(4, dtype=torch.float64)
+    chunks = scorer.logits(window[None])
+    others = reference.logits(window[None]) if reference else repeat((None, None))
+    for (part, logits), (_, other) in zip(chunks, others, strict=False):
+        targets = window[part.start + 1 : part.stop + 1].to(logits.device)[:, None]  # [t, 1]
+        logp = logits[0, : len(targets)].log_softmax(-1)  # [t, V]; the last token has no target
+        sums[0] -= logp.gather(1, targets).double().sum().item()
+        if other is not None:
+            ref = other[0, : len(targets)].to(logp.device).log_softmax(-1)
+            sums[1] -= ref.gather(1, targets).double().sum().item()
+            sums[2] += (ref.exp() * (ref - logp)).sum(-1).double().sum().item()
+            sums[3] += (ref.argmax(-1) == logp.argmax(-1)).sum().item()
+    return sums
+
+
+def bundled_text() -> str:
+    """The last fifth of the text that ships with the project, from an article's beginning."""
+    text = BUNDLED.read_text(encoding="utf-8")
+    return text[text.index("\n\n", len(text) * 4 // 5) :].strip()
+
+
+def read_text(path: Path | None) -> str:
+    """The text to score; the project's own, with a word of warning, when there is no path."""
+    if path is None:
+        print(
+            "no --text: scoring the last fifth of data/calibration.txt, the project's own text; "
+            "calibrated modes may have seen it, and WikiText figures do not compare",
+            file=sys.stderr,
+        )
+        return bundled_text()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the text {path}: {error}") from None
+
+
+def tokenizer_of(directory: Path, model: Transformer) -> Tokenizer:
+    """The tokenizer beside a checkpoint, checked against the model's vocabulary."""
+    try:
+        tokenizer = load_tokenizer(directory)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from None
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, the model "
+            f"{model.config.vocab_size}: they do not belong together"
+        )
+    return tokenizer
+
+
+def run_tasks(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace) -> dict:
+    """lm_eval's figures {task: {metric: value}}; the table goes to stdout."""
+    try:
+        from lm_eval_adapter import evaluate
+    except ImportError as error:
+        raise UserError(f"--tasks needs lm_eval ({error}): pip install 'lm_eval>=0.4.9'") from None
+    results, table = evaluate(
+        model, tokenizer, args.tasks, batch=args.batch_size, max_length=args.max_length,
+        limit=args.limit, fewshot=args.num_fewshot, include_path=args.include_path,
+        kv_cache=args.kv_cache, compiled=args.compile,
+    )  # fmt: skip
+    print(table)
+    return results
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Perplexity, divergence from a reference, lm_eval tasks.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add_model_arguments(parser)
+    add("--text", type=Path, help="plain text to score; default: the project's own")
+    add("--seq_length", type=int, default=2048, help="tokens of a window")
+    add("--limit", type=int, help="windows of the text, or examples of each task; default: all")
+    add("--reference", type=Path, metavar="CHECKPOINT",
+        help="report the divergence from this model, usually the unquantized one")  # fmt: skip
+    add("--tasks", nargs="+", metavar="TASK", help="of lm_eval, such as wikitext hellaswag")
+    add("--include_path", type=Path, help="a folder of further lm_eval tasks")
+    add("--num_fewshot", type=int, help="examples in the context of a task; default: the task's")
+    add("--batch_size", type=int, default=8, help="sequences that run together in tasks")
+    add("--max_length", type=int, help="context in tasks, in tokens; default: the model's")
+    add("--kv_cache", choices=["bf16", "int8"], default="bf16")
+    add("--compile", action="store_true", help="compile the forward pass")
+    add("--json", type=Path, help="write the figures here")
+    return parser.parse_args()
+
+
+def run_perplexity(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace) -> Score:
+    """Score the text that the command line names, and print the figures."""
+    ids = tokenizer.encode(read_text(args.text), bos=False)
+    reference = None
+    if args.reference:
+        source = open_checkpoint(args.reference)
+        reference = load_model(source, args.device, PRECISIONS.get(args.precision))
+    score = perplexity(
+        model, ids, seq_length=args.seq_length, limit=args.limit, reference=reference,
+        kv_cache=args.kv_cache, compiled=args.compile, report=progress,
+    )  # fmt: skip
+    progress("")
+    print(f"{score.protocol}:\n{score.perplexity:.4f} over {score.tokens} tokens")
+    if reference is not None:
+        print(
+            f"against {args.reference}: KL {score.kl_mean:.6f} nats a token, same first choice "
+            f"{100 * score.top1_agreement:.2f}%, perplexity x {score.perplexity_ratio:.5f}"
+        )
+    print(f"{score.seconds:.1f} s")
+    return score
+
+
+def main() -> None:
+    args = parse_args()
+    if args.reference and args.tasks and not args.text:
+        raise UserError("--reference compares on a text: give --text beside --tasks")
+    model, mode, directory = load(args)
+    tokenizer = tokenizer_of(directory, model)
+    if args.compile:
+        configure_compiler()
+    figures = {"model": str(args.checkpoint_path or directory), "mode": mode}
+    figures |= {"kv_cache": args.kv_cache, "text": str(args.text) if args.text else None}
+    if args.text or not args.tasks:
+        figures |= asdict(run_perplexity(model, tokenizer, args))
+    if args.tasks:
+        figures["tasks"] = run_tasks(model, tokenizer, args)
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    cli(main)

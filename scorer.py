@@ -1,0 +1,57 @@
+"""Logits of whole windows of tokens, a few rows at a time: what eval.py's figures are made of."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from errors import UserError
+from model import Transformer
+
+ROWS = 256  # tokens of a forward pass: the logits are ROWS x V numbers, never a whole window's
+
+
+class Scorer:
+    """A model with a cache of its own, for the logits of whole windows, a few rows at a time.
+
+    Every forward pass has the shape [batch, chunk], so nothing recompiles.
+
+    Args:
+        batch: windows that run together.
+        length: of the longest window, in tokens.
+        kv_cache: "bf16" (the model's dtype) or "int8"; attention reads keys and values from it.
+        compiled: run the forward pass through torch.compile.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        batch: int = 1,
+        length: int = 2048,
+        kv_cache: str = "bf16",
+        compiled: bool = False,
+    ):
+        if length > model.config.max_positions:
+            limit = model.config.max_positions
+            raise UserError(f"windows of {length} tokens do not fit the model's context of {limit}")
+        self.batch, self.device = batch, model.tok_embeddings.weight.device
+        self.chunk = min(max(ROWS // batch, 16), -(-length // 16) * 16)
+        self.slots = -(-length // self.chunk) * self.chunk
+        model.setup_cache(batch, self.slots, kv_cache)
+        self.forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+
+    def logits(self, tokens: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Chunks of the logits after each of tokens [b, T] int64, b <= batch, T <= length.
+
+        Yields (positions, logits [b, t, V] fp32). The chunks must be taken in order.
+        """
+        rows, length = tokens.shape
+        padded = torch.zeros(self.batch, -(-length // self.chunk) * self.chunk, dtype=torch.int64)
+        padded[:rows, :length] = tokens
+        for begin in range(0, length, self.chunk):
+            part = slice(begin, min(begin + self.chunk, length))
+            with torch.inference_mode():
+                start = torch.full((self.batch,), begin, dtype=torch.int64, device=self.device)
+                chunk = padded[:, begin : begin + self.chunk].to(self.device)
+                logits = self.forward(chunk, start)[:rows, : part.stop - begin]
+                yield part, logits.float()

@@ -1,0 +1,158 @@
+"""bench.py: turns, rows, the table and the plot, on tiny models; no figure's size is judged."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_text import save_tiny_with_tokenizer
+
+import bench
+import bench_report
+from bench import Entry, make_rows, read_modes
+from bench_report import Row, plot, table
+from calibration import BUNDLED
+from checkpoint import open_checkpoint
+from errors import UserError
+from modes import parse_mode
+
+ROOT = Path(__file__).parent.parent
+KEYS = """mode perplexity decode_tokens_per_s ratio_to_bf16 bandwidth_bytes_per_s
+percent_of_read_bandwidth peak_memory_bytes weight_bytes time_to_first_token_s spread noisy"""
+
+
+def run(*arguments):
+    command = [sys.executable, str(ROOT / "bench.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def figures(speed):
+    """What a turn's generate.py writes, as far as bench.py reads it."""
+    return {
+        "decode_tokens_per_s": {"p50": speed}, "bandwidth_bytes_per_s": 10 * speed,
+        "peak_memory_bytes": 1000, "weight_bytes": 300, "time_to_first_token_s": 0.5,
+        "device": "d", "threads": 1, "read_bandwidth_bytes_per_s": 2000.0,
+    }  # fmt: skip
+
+
+def rows():
+    entries = [
+        Entry("bf16", [], [figures(s) for s in (99, 100, 101)], 10.0),
+        Entry("int8", [], [figures(s) for s in (150, 200, 210)], 10.5),
+    ]
+    return make_rows(entries, 2000.0)
+
+
+def test_rows_are_medians_of_the_turns():
+    base, int8 = rows()
+    assert (base.decode_tokens_per_s, base.ratio_to_bf16, base.noisy) == (100, 1, False)
+    assert (int8.decode_tokens_per_s, int8.ratio_to_bf16, int8.noisy) == (200, 2, True)
+    assert int8.bandwidth_bytes_per_s == 2000 and int8.percent_of_read_bandwidth == 100
+    assert int8.spread == pytest.approx(0.3)
+
+
+def test_turns_interleave(monkeypatch):
+    order = []
+
+    def fake(script, flags):
+        order.append(flags[0])
+        return figures(100)
+
+    monkeypatch.setattr(bench, "run_script", fake)
+    entries = [Entry("a", ["a"]), Entry("b", ["b"])]
+    bench.take_turns(entries, ["--x"], 3)
+    assert order == ["a", "b"] * 3 and all(len(e.turns) == 3 for e in entries)
+
+
+def test_table_and_plot(tmp_path):
+    text = table([*rows(), Row("odd", None, 1, None, 1, 1, 1, 1, 1, 0, False)])
+    lines = text.splitlines()
+    assert len(lines) == 5 and len({len(line) for line in lines}) == 1
+    assert "200.0 (noisy)" in lines[3] and "10.500" in lines[3]
+    pytest.importorskip("matplotlib", reason="the optional package matplotlib")
+    plot(rows(), tmp_path / "out.png", "title")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="cannot write"):
+        plot(rows(), tmp_path / "absent" / "out.png")
+
+
+def test_missing_matplotlib_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        bench_report.pyplot()
+
+
+def test_modes_and_group_sizes():
+    modes = read_modes(["bf16", "int8", "int4", "int4:128", "x/y.safetensors"], 32)
+    assert [getattr(m, "groupsize", "file") for m in modes] == [None, None, 32, 128, "file"]
+    assert [bench.label(m) for m in modes[:4]] == ["bf16", "int8", "int4.g32", "int4.g128"]
+    for bad in ("int9", "int4:x", "int4:65", "int8:64"):
+        with pytest.raises(UserError):
+            read_modes([bad], None)
+
+
+def test_files_are_reused_only_if_the_header_matches(tmp_path, monkeypatch):
+    source = open_checkpoint(save_tiny_with_tokenizer(tmp_path / "tiny")[0])
+    mode, folder = parse_mode("int4", 64), tmp_path / "work"
+    folder.mkdir()
+    path = bench.quantized_file(source, mode, folder, "cpu")
+    assert path.parent == folder and open_checkpoint(path).header["mode"] == "int4"
+    written = []
+    real = bench.run_script
+    monkeypatch.setattr(bench, "run_script", lambda *a: written.append(a) or real(*a))
+    assert bench.quantized_file(source, mode, folder, "cpu") == path and not written
+    path.rename(folder / "model_int8.safetensors")  # a name that lies
+    bench.quantized_file(source, parse_mode("int8"), folder, "cpu")
+    assert written and open_checkpoint(folder / "model_int8.safetensors").header["mode"] == "int8"
+
+
+def test_two_modes_on_a_tiny_model(tmp_path):
+    directory = save_tiny_with_tokenizer(tmp_path / "tiny")[0]
+    text, out = tmp_path / "text.txt", tmp_path / "out.json"
+    text.write_text(BUNDLED.read_text(encoding="utf-8")[:1500], encoding="utf-8")
+    pytest.importorskip("matplotlib", reason="the optional package matplotlib")
+    done = run(
+        "--checkpoint_path", directory, "--modes", "bf16,int8", "--text", text, "--seq_length", 64,
+        "--limit", 2, "--prompt", 5, "--max_new_tokens", 51, "--repeats", 1, "--no-compile",
+        "--device", "cpu", "--json", out, "--plot", tmp_path / "out.png",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    written = json.loads(out.read_text())
+    assert [row["mode"] for row in written["rows"]] == ["bf16", "int8"]
+    assert all(
+        set(row) == set(KEYS.split()) and None not in row.values() for row in written["rows"]
+    )
+    assert written["machine"]["read_bandwidth_bytes_per_s"] > 0 and written["command"]
+    assert "2 non-overlapping 64-token windows" in written["protocol"]
+    assert (tmp_path / "out.png").exists() and "| int8 " in done.stdout
+
+
+def test_random_weights(tmp_path):
+    done = run(
+        "--random_weights", "tiny", "--modes", "int8", "--prompt", 5, "--max_new_tokens", 51,
+        "--repeats", 1, "--no-compile", "--device", "cpu", "--json", tmp_path / "out.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert row["mode"] == "int8" and row["perplexity"] is None and "random weights" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--modes", "int9"], "unknown mode"),
+        (["--modes", "absent.safetensors"], "absent.safetensors"),
+        (["--max_new_tokens", "10"], "51"),
+        (["--plot", "x.png"], "--text"),
+        (["--text", "absent.txt"], "absent.txt"),
+        (["--random_weights", "tiny", "--text", "x"], "--random_weights"),
+        (["--repeats", "0"], "at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        bench.cli(bench.main)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1 and message in lines[0]
