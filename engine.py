@@ -143,10 +143,12 @@ class Engine:
         self.generator = torch.Generator().manual_seed(seed)
         self.cached: list[int] = []  # the tokens whose keys and values row 0 of the cache holds
         self.decode_step, self.prefill_step = self._decode_step, self._prefill_step
+        self.warm_sizes: list[int] = []  # prompt lengths that between them use every bucket
         if compile_mode is not None:
             self.decode_step = torch.compile(self._decode_step, mode=compile_mode, fullgraph=True)
             if compile_prefill:
                 self.prefill_step = torch.compile(self._prefill_step, fullgraph=True, dynamic=False)
+                self.warm_sizes = [b for b in BUCKETS if b < length]
 
     def _decode_step(self, token: Tensor, start: Tensor, u: Tensor) -> Tensor:
         """token [B, 1] at positions start [B] -> the next token [B, 1]."""
@@ -274,11 +276,8 @@ class Engine:
         prompt compiles anything.
         """
         begin = time.perf_counter()
-        sizes = {min(prompt_tokens, self.length - 1)}
-        if self.prefill_step is not self._prefill_step:
-            sizes |= {b for b in BUCKETS if b < self.length}
-        for size in sorted(sizes):
-            prompt = [[1] * max(size, 1)] * self.batch
+        for size in sorted({max(1, min(prompt_tokens, self.length - 1)), *self.warm_sizes}):
+            prompt = [[1] * size] * self.batch
             self.generate(prompt, min(4, self.length - size))
             self.cached = []
         return time.perf_counter() - begin
