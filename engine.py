@@ -288,6 +288,7 @@ def configure_compiler() -> None:
     import torch._inductor.config as config
 
     config.coordinate_descent_tuning = True
+    config.size_asserts = False  # checks between kernels, every step
     config.triton.unique_kernel_names = True
     torch.set_float32_matmul_precision("high")
 

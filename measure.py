@@ -3,6 +3,7 @@
 import platform
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,7 +30,12 @@ def peak_memory(device: str) -> int:
     """Bytes: the most that was allocated on a GPU, or resident in this process on the CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent held when it started us
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def device_name(device: str) -> str:

@@ -6,7 +6,6 @@ python quantize.py --list
 
 import argparse
 import json
-import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from calibration import CalibrationStream, InputStatistics, calibration_tokens
 from engine import Engine, Sampling
 from errors import UserError, check_device, cli, progress
 from kernels import FORMATS, Grid
+from measure import peak_memory
 from model import ModelConfig, RMSNorm, Transformer, TransformerBlock
 from modes import ALGORITHMS, FLOAT_MODES, Mode, head_mode, mode_names, parse_mode
 from tokenizer import load_tokenizer
@@ -26,7 +26,7 @@ from tokenizer import load_tokenizer
 # The linear layers of a block in the order in which they run: each is quantized on the inputs
 # that it gets when those before it are quantized already.
 BLOCK_LINEARS = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
-CHUNK = 2**24  # elements of a weight that are worked on at a time
+CHUNK = 2**22  # elements of a weight that are worked on at a time
 
 
 def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
@@ -383,7 +383,7 @@ def main() -> None:
         report = {
             "mode": str(mode), "groupsize": mode.groupsize, "algorithm": job.header["algorithm"],
             "weight_bytes": size, "source_weight_bytes": source_size, "seconds": seconds,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": peak_memory("cpu"),
             "output": str(output), "layers": layers,
         }  # fmt: skip
         args.json.write_text(json.dumps(report, indent=1))

@@ -1,19 +1,21 @@
 """quantize.py: modes, in-place quantization of any module, streamed checkpoints."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import save_tiny
 from torch import nn
 
-from checkpoint import load_model, open_checkpoint
+from checkpoint import config_from_hf, hf_names, load_model, open_checkpoint
 from errors import UserError
 from kernels import FORMATS
-from model import CONFIGS
+from model import CONFIGS, Transformer
 from modes import head_mode, mode_names, parse_mode
 from quantize import CheckpointQuantizer, quantize_, quantize_linear, random_model
 
@@ -166,6 +168,39 @@ def test_mistakes_get_one_line_and_exit_code_2(tmp_path, args, message):
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def bare_peak() -> int:
+    """Peak memory of a process that only imports what quantizing needs."""
+    code = "import quantize, measure; print(measure.peak_memory('cpu'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return int(done.stdout)
+
+
+def test_memory_is_that_of_one_block(tmp_path):
+    """A 0.5 GB checkpoint (FLATLLAMA_TEST_GB sets the size) needs far less memory than its size."""
+    size = float(os.environ.get("FLATLLAMA_TEST_GB", "0.5"))
+    layers = round((size * 1e9 - 66e6) / 33.6e6)
+    shape = {
+        "model_type": "llama", "hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 16000,
+        "num_hidden_layers": layers, "num_attention_heads": 16, "num_key_value_heads": 16,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    with torch.device("meta"):
+        names = Transformer(config_from_hf(shape)).state_dict()
+    tensors = {}
+    for name, t in names.items():
+        parts = hf_names(name)
+        rows = t.shape[0] // len(parts)
+        tensors |= {p: torch.randn(rows, *t.shape[1:]).bfloat16() for p in parts}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").stat().st_size > 0.95 * size * 1e9
+    del tensors
+    done = run("--mode", "int4", "--checkpoint_path", tmp_path, "--json", tmp_path / "q.json")
+    assert done.returncode == 0, done.stderr
+    over = json.loads((tmp_path / "q.json").read_text())["peak_memory_bytes"] - bare_peak()
+    print(f"{size} GB checkpoint to int4: peak {over / 1e6:.0f} MB over the bare process")
+    assert over < 480e6
 
 
 def test_killed_run_leaves_no_file_under_the_final_name(tmp_path):
