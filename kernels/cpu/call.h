@@ -14,7 +14,7 @@ using OptTensor = const std::optional<Tensor>&;
 namespace {
 
 constexpr int64_t kFewRows = 16;      // up to here the float paths stream the weight themselves
-constexpr int64_t kPanelRows = 512;   // rows of W that are widened at a time for many rows of x
+constexpr int64_t kPanelRows = 480;   // rows of x, of many, that go through the panels at a time
 constexpr int64_t kBytesPerThread = 32768;  // less than this is not worth waking a thread for
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -65,21 +65,26 @@ struct Call {
     });
   }
 
-  // Many rows: W in fp32 panels of kPanelRows (widen(first tile, last tile, out)), then fp32 products.
-  template <class F>
-  void through_panels(const F& widen) {
-    Tensor rows = x.reshape({a.m, a.k}).to(at::kFloat);
-    Tensor panel = at::empty({std::min(a.n, kPanelRows), a.k}, rows.options());
-    Tensor out = y.view({a.m, a.n});
-    for (int64_t n = 0; n < a.n; n += kPanelRows) {
-      int64_t count = std::min(kPanelRows, a.n - n), first = n / 16;
-      float* to = panel.mutable_data_ptr<float>();
-      at::parallel_for(0, div_up(count, 16), 4, [&](int64_t i, int64_t j) {
-        widen(first + i, first + j, to + i * 16 * a.k);
+  // Many rows: fp32 products with panels of W, kPanelRows rows of x at a time.
+  void through_panels(Format format) {
+    const int64_t rows = std::min(a.m, kPanelRows), all = a.m, count = div_up(a.n, kPanelWidth);
+    const int64_t per_thread = kPanelWidth * (kPanelDepth + rows), size = x.element_size();
+    const int64_t threads = at::get_num_threads();
+    Scratch scratch(Scratch::round_up(rows * a.kpad * 4) + threads * per_thread * 4);
+    float* wide = scratch.take<float>(rows * a.kpad);
+    float* own = scratch.take<float>(threads * per_thread);
+    a.x = wide;
+    for (int64_t m = 0; m < all; m += rows) {
+      a.m = std::min(rows, all - m);
+      a.y = static_cast<char*>(y.mutable_data_ptr()) + m * a.n * size;
+      const char* from = static_cast<const char*>(x.const_data_ptr()) + m * a.k * size;
+      at::parallel_for(0, a.m, 16, [&](int64_t i, int64_t j) {
+        kernels().widen_rows(from + i * a.k * size, a.type, j - i, a.k, a.kpad, false,
+                             wide + i * a.kpad);
       });
-      Tensor part = at::mm(rows, panel.narrow(0, 0, count).t());
-      if (bias.defined()) part.add_(bias.narrow(0, n, count));
-      out.narrow(1, n, count).copy_(part);
+      at::parallel_for(0, count, 1, [&](int64_t i, int64_t j) {
+        kernels().panels(a, format, i, j, own + at::get_thread_num() * per_thread);
+      });
     }
   }
 };

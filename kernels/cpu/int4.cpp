@@ -52,7 +52,7 @@ static void quantized(const Linear& a, int64_t tile, int64_t m0) {
           for (int p = 0; p < kParts; p++) {
             const uint8_t* line = codes + t * stride + (k - begin) * 8;
             vi v = load<vi>(line + p * kLanes * 4);
-            if (p == 0) prefetch(line + T * stride);
+            if (M < kRows && p == 0) prefetch(line + T * stride);
             low[t][p] = v & 0x0f0f0f0f;
             high[t][p] = (v >> 4) & 0x0f0f0f0f;
           }
@@ -151,22 +151,21 @@ void int4_exact(const Linear& a, int64_t t0, int64_t t1) {
   });
 }
 
-// fp32 weights of tiles, [16 (tile1 - tile0), k] row-major.
-void int4_widen(const Linear& a, int64_t tile0, int64_t tile1, float* out) {
-  for (int64_t t = tile0; t < tile1; t++)
-    for (int64_t g = 0; g < a.groups; g++) {
-      const int64_t begin = g * a.group, end = min(begin + a.group, a.kpad);
-      const uint8_t* codes = (const uint8_t*)a.w + t * tile_bytes(a) + begin * 8 + g * kParams;
-      const uint8_t* params = codes + (end - begin) * 8;
-      for (int64_t r = 0; r < 16 && t * 16 + r < a.n; r++) {
-        float scale = load_one(params, Type::bf16, r), zero = load_one(params, Type::bf16, 16 + r);
-        float* row = out + ((t - tile0) * 16 + r) * a.k;
-        for (int64_t k = begin; k < min(end, a.k); k++) {
-          int byte = codes[(k - begin) / 8 * 64 + r * 4 + k % 4];
-          row[k] = float((k % 8 < 4 ? byte & 15 : byte >> 4) - 8) * scale + zero;
-        }
-      }
+// The weights w as fp32.
+void int4_panel(const Linear& a, int64_t tile, int64_t k0, int64_t k1, float* out) {
+  for (int64_t k = k0; k < k1; k += 8) {
+    const int64_t g = k / a.group, begin = g * a.group, end = min(begin + a.group, a.kpad);
+    const uint8_t* codes = (const uint8_t*)a.w + tile * tile_bytes(a) + begin * 8 + g * kParams;
+    const uint8_t* params = codes + (end - begin) * 8;
+    for (int p = 0; p < kParts; p++) {
+      vf scale = bf16_load(params + p * kLanes * 2), zero = bf16_load(params + 32 + p * kLanes * 2);
+      vi v = load<vi>(codes + (k - begin) * 8 + p * kLanes * 4);
+      UNROLL
+      for (int i = 0; i < 8; i++)
+        store(out + (k - k0 + i / 2 + i % 2 * 4) * kPanelWidth + p * kLanes,
+              (nibble(v, i) - 8.0f) * scale + zero);
     }
+  }
 }
 
 }  // namespace CPU_LEVEL

@@ -78,6 +78,7 @@ static void quantized(const Linear& a, int64_t tile, int64_t m0) {
         UNROLL
         for (int p = 0; p < kParts; p++) dots[m][t][p] = splat(a.offset[(m0 + m) * a.blocks + b]);
     int64_t end = min((b + 1) * a.block, a.kpad);
+    _Pragma("GCC unroll 4")
     for (int64_t k = b * a.block; k < end; k += 4) {
       vi wv[T][kParts];
       UNROLL
@@ -85,7 +86,7 @@ static void quantized(const Linear& a, int64_t tile, int64_t m0) {
         UNROLL
         for (int p = 0; p < kParts; p++) {
           wv[t][p] = load<vi>(w + (t * a.kpad + k) * 16 + p * kLanes * 4);
-          if (p == 0) prefetch(w + ((t + T) * a.kpad + k) * 16);
+          if (M < kRows && p == 0) prefetch(w + ((t + T) * a.kpad + k) * 16);
         }
       UNROLL
       for (int m = 0; m < M; m++) {
@@ -153,17 +154,16 @@ void int8_exact(const Linear& a, int64_t t0, int64_t t1) {
   });
 }
 
-// fp32 codes of tiles, [16 (tile1 - tile0), k] row-major, times the scales.
-void int8_widen(const Linear& a, int64_t tile0, int64_t tile1, float* out) {
-  for (int64_t t = tile0; t < tile1; t++) {
-    const uint8_t* w = (const uint8_t*)a.w + t * a.kpad * 16;
-    for (int64_t r = 0; r < 16 && t * 16 + r < a.n; r++) {
-      float scale = load_one(a.scales, a.scale_type, t * 16 + r);
-      float* row = out + ((t - tile0) * 16 + r) * a.k;
-      for (int64_t k = 0; k < a.k; k++)
-        row[k] = float(w[k / 4 * 64 + r * 4 + k % 4] - 128) * scale;
+// The codes q as fp32; the scales are applied to the sums.
+void int8_panel(const Linear& a, int64_t tile, int64_t k0, int64_t k1, float* out) {
+  const uint8_t* w = (const uint8_t*)a.w + tile * a.kpad * 16;
+  for (int64_t k = k0; k < k1; k += 4)
+    for (int p = 0; p < kParts; p++) {
+      vi v = load<vi>(w + k * 16 + p * kLanes * 4) ^ int32_t(0x80808080);
+      UNROLL
+      for (int i = 0; i < 4; i++)
+        store(out + (k - k0 + i) * kPanelWidth + p * kLanes, to_float((v << (24 - 8 * i)) >> 24));
     }
-  }
 }
 
 }  // namespace CPU_LEVEL

@@ -58,6 +58,8 @@ struct Coded {
   Type scale_type;
 };
 
+enum class Format : int { rows, int8, int4 };
+
 struct Kernels {
   const char* name;
   // x [m, k] -> fp32 [m, kpad], in the order in which float_rows reads it
@@ -66,10 +68,10 @@ struct Kernels {
   void (*float_rows)(const Linear&, int64_t n0, int64_t n1);
   void (*int8_tiles)(const Linear&, int64_t tile0, int64_t tile1, int64_t m0, int64_t m1);
   void (*int8_exact)(const Linear&, int64_t tile0, int64_t tile1);
-  void (*int8_widen)(const Linear&, int64_t tile0, int64_t tile1, float* out);
   void (*int4_tiles)(const Linear&, int64_t tile0, int64_t tile1, int64_t m0, int64_t m1);
   void (*int4_exact)(const Linear&, int64_t tile0, int64_t tile1);
-  void (*int4_widen)(const Linear&, int64_t tile0, int64_t tile1, float* out);
+  // panels of 32 outputs, many rows; scratch: kPanelWidth (kPanelDepth + m) floats
+  void (*panels)(const Linear&, Format, int64_t panel0, int64_t panel1, float* scratch);
   // rows of fp32 x [m, kpad] to integers in place, and their scales [m]; mode 1 symmetric, 2 not
   void (*round_rows)(float* x, int64_t m, int64_t k, int64_t kpad, int mode, float* scales);
   void (*coded_tiles)(const Coded&, int64_t tile0, int64_t tile1);
@@ -82,4 +84,5 @@ struct Kernels {
   float (*read_sum)(const void* p, int64_t bytes);
 };
 
+constexpr int kPanelWidth = 32, kPanelDepth = 512;
 constexpr int kAttentionBlock = 32;  // cache slots that attend() takes at a time

@@ -5,8 +5,8 @@ namespace CPU_LEVEL {
 #define STRING_(x) #x
 #define STRING(x) STRING_(x)
 extern const Kernels kernels{
-    STRING(CPU_LEVEL), widen_rows, quantize_rows, float_rows, int8_tiles, int8_exact, int8_widen,
-    int4_tiles,        int4_exact, int4_widen,    round_rows, coded_tiles, coded_widen,
+    STRING(CPU_LEVEL), widen_rows, quantize_rows, float_rows, int8_tiles, int8_exact,
+    int4_tiles,        int4_exact, panels,    round_rows, coded_tiles, coded_widen,
     attend,            merge,      read_sum,
 };
 }  // namespace CPU_LEVEL
