@@ -4,9 +4,10 @@
     w_hat = codebook[code] * s
 
 The 16 values minimize the squared error of the weights, sum s^2 (w / s - value)^2: k-means over at
-most 2^20 scaled weights of the tensor, by Lloyd's iteration from the distribution's quantiles; in
-one dimension, on sorted values with running sums, an iteration costs 16 searches. Source: the
-codebook scheme of torchao, whose scale is the signed maximum; the magnitude is what is meant.
+most 2^20 scaled weights of the tensor, by Lloyd's iteration from the distribution's quantiles and
+from even spacing, whichever ends better; in one dimension, on sorted values with running sums, an
+iteration costs 16 searches. Source: the codebook scheme of torchao, whose scale is the signed
+maximum; the magnitude is what is meant.
 """
 
 from collections.abc import Iterable
@@ -35,8 +36,18 @@ def kmeans_1d(values: Tensor, weights: Tensor, count: int) -> Tensor:
     zero = values.new_zeros(1)
     mass = torch.cat([zero, weights.cumsum(0)])
     moment = torch.cat([zero, (weights * values).cumsum(0)])
-    quantiles = (torch.arange(count, device=values.device) + 0.5) / count * mass[-1]
-    centers = values[torch.searchsorted(mass[1:], quantiles).clamp(max=len(values) - 1)]
+    parts = (torch.arange(count, dtype=torch.float64, device=values.device) + 0.5) / count
+    quantiles = torch.searchsorted(mass[1:], parts * mass[-1]).clamp(max=len(values) - 1)
+    even = torch.lerp(values[0], values[-1], (parts * count - 0.5) / (count - 1))
+    results = [_lloyd(values, mass, moment, start) for start in (values[quantiles], even)]
+    return max(results, key=lambda result: result[1])[0].float()
+
+
+def _lloyd(values: Tensor, mass: Tensor, moment: Tensor, centers: Tensor) -> tuple[Tensor, float]:
+    """Lloyd's iteration on sorted values, by running sums of weights and of weighted values.
+
+    Returns the centers and how much they explain: sum weight * center^2, the larger the better.
+    """
     for _ in range(STEPS):
         edges = torch.searchsorted(values, (centers[1:] + centers[:-1]) / 2)
         edges = torch.cat([edges.new_zeros(1), edges, edges.new_tensor([len(values)])])
@@ -47,7 +58,7 @@ def kmeans_1d(values: Tensor, weights: Tensor, count: int) -> Tensor:
         centers = moved
         if done:
             break
-    return centers.float()
+    return centers, (inside * centers.square()).sum().item()
 
 
 class CodebookGrid(Grid):

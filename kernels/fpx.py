@@ -48,8 +48,9 @@ class FloatGrid(Grid):
     def round(self, w: Tensor, params: Params) -> Tensor:
         v = w / params["scales"]
         magnitude = v.abs().clamp(max=self.values[self.max_code].item())
-        # frexp: v = f 2^e with f in [1/2, 1). Codes of equal exponent are evenly spaced.
-        exponent = (torch.frexp(magnitude).exponent - 1).clamp(min=self.lowest_exponent)
+        # frexp: v = f 2^e with f in [1/2, 1), of 0 with e = 0; codes of one e are evenly spaced.
+        lowest = 2.0**self.lowest_exponent
+        exponent = torch.frexp(magnitude.clamp(min=lowest)).exponent - 1
         steps = torch.round(torch.ldexp(magnitude, self.mantissa_bits - exponent)).int()
         code = steps + ((exponent - self.lowest_exponent) << self.mantissa_bits)
         negative = (v < 0) & (code > 0)

@@ -19,100 +19,165 @@ INLINE void unrolled(const F& f) {
   }
 }
 
-// Code `i` of a block, part p of its 16 rows, in the low `Bits` bits; above them anything.
+// Code `i` of a block, part p of its 16 rows, its lowest bit at bit `to`; around it anything.
 template <int Bits, int i>
-INLINE vu code(const uint32_t* words, int p) {
+INLINE vu code(const uint32_t* words, int p, int to = 0) {
   constexpr int word = i * Bits / 32, shift = i * Bits % 32;
   vu v = load<vu>(words + word * 16 + p * kLanes);
-  if constexpr (shift > 0) v = v >> shift;
-  if constexpr (shift + Bits > 32)
-    v |= load<vu>(words + (word + 1) * 16 + p * kLanes) << (32 - shift);
-  return v;
-}
-
-// table[v % 16]
-INLINE vf lookup16(const float* table, vu v) {
-#if defined(__AVX512F__)
-  return _mm512_permutexvar_ps((__m512i)v, _mm512_loadu_ps(table));
-#elif defined(__AVX2__)
-  __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)v);
-  __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)v);
-  return _mm256_blendv_ps(low, high, (__m256)(v << 28));
-#else
-  vf out;
-  for (int j = 0; j < kLanes; j++) out[j] = table[v[j] & 15];
-  return out;
-#endif
-}
-
-// The value of a code that is a float of sign, E exponent and M mantissa bits. Its bits move to
-// their place in fp32; a subnormal gets the exponent above it and loses the leading one again.
-template <int Bits>
-INLINE vf small_float(const Coded& c, vu v) {
-#if defined(__AVX512F__)
-  if constexpr (Bits <= 6) {  // a table of 32 magnitudes (6 bits), or of everything
-    const float* t = c.table;
-    __m512 low = _mm512_loadu_ps(t), high = _mm512_loadu_ps(t + 16);
-    vf out = (vf)_mm512_permutex2var_ps(low, (__m512i)v, high);
-    if constexpr (Bits == 6) out = (vf)((vu)out ^ ((v << 26) & 0x80000000u));
-    return out;
+  if constexpr (shift + Bits > 32) {
+    v = v >> shift | load<vu>(words + (word + 1) * 16 + p * kLanes) << (32 - shift);
+    return v << to;
   }
+  return to == shift ? v : to < shift ? v >> (shift - to) : v << (to - shift);
+}
+
+INLINE vf smaller(vf a, vf b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#else
+  return a < b ? a : b;
 #endif
-  const int bias = (1 << (c.exponent_bits - 1)) - 1;
-  vu top = v << (32 - Bits);
-  vu magnitude = (top & 0x7fffffffu) >> (8 - c.exponent_bits);
-  vu bits = magnitude + (uint32_t(127 - bias) << 23);
-  vf below = (vf)(bits + 0x800000u) - (vf)(vu{} + (uint32_t(128 - bias) << 23));
-  vf value = (vi)magnitude < 0x800000 ? below : (vf)bits;
-  return (vf)((vu)value | (top & 0x80000000u));
+}
+
+// (a & mask) | c
+INLINE vu blend(vu a, uint32_t mask, vu c) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_ternarylogic_epi32((__m512i)a, _mm512_set1_epi32(mask), (__m512i)c, 0xEA);
+#else
+  return (a & mask) | c;
+#endif
 }
 
 enum Kind { kInteger, kFloat, kTable, kRounded };
 
-template <Kind kind, int Bits>
-INLINE vf value(const Coded& c, vu v, vf group_scale) {
+// What a code of `Bits` bits stands for; of a small float, 1 sign, E exponent, M mantissa bits.
+// All constants are held here so that they stay in registers: stores of values could change `c`.
+template <Kind kind, int Bits, int E = 0>
+struct Value {
 #if defined(__AVX512F__)
-  constexpr bool table = Bits <= 4;
+  // A table in registers: everything up to 5 bits, of 6-bit floats the 32 magnitudes.
+  static constexpr bool kLookup = Bits <= 5 || (kind == kFloat && Bits == 6);
+  __m512 low, high;
 #else
-  constexpr bool table = kind == kTable;
+  static constexpr bool kLookup = kind == kTable;
+  vf low, high;
 #endif
-  if constexpr (kind == kFloat) return small_float<Bits>(c, v);
-  vf out;
-  if constexpr (table) out = lookup16(c.table, v);
-  else out = to_float((vi)(v & ((1u << Bits) - 1))) + c.table[0];
-  if constexpr (kind == kRounded) {
-    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: the sum has no room for a fraction
-    out = (out * group_scale + magic) - magic;
+  static constexpr int M = Bits - 1 - E, kBase = (127 >> E) << E;
+  // What small floats are still to be multiplied with: their exponents got kBase, not 127 - bias.
+  static constexpr int kBias = (1 << (E > 0 ? E - 1 : 0)) - 1;
+  static constexpr float factor() {
+    float f = 1;
+    if (kind == kFloat && !kLookup)
+      for (int i = 0; i < 127 - kBase - kBias; i++) f *= 2;
+    return f;
   }
-  return out;
-}
+  float base;
+  const float* table;
+
+  explicit Value(const Coded& c) : base(c.table[0]), table(c.table) {
+#if defined(__AVX512F__)
+    low = _mm512_loadu_ps(c.table);
+    high = _mm512_loadu_ps(c.table + 16);
+#elif defined(__AVX2__)
+    low = load<vf>(c.table);
+    high = load<vf>(c.table + 8);
+#endif
+  }
+
+  INLINE vf lookup(vu v) const {
+#if defined(__AVX512F__)
+    if constexpr (Bits <= 4) return _mm512_permutexvar_ps((__m512i)v, low);
+    vf out = _mm512_permutex2var_ps(low, (__m512i)v, high);
+    if constexpr (Bits == 6) out = (vf)((vu)out ^ ((v << 26) & 0x80000000u));
+    return out;
+#elif defined(__AVX2__)
+    __m256 a = _mm256_permutevar8x32_ps(low, (__m256i)v);
+    __m256 b = _mm256_permutevar8x32_ps(high, (__m256i)v);
+    return _mm256_blendv_ps(a, b, (__m256)(v << 28));
+#else
+    vf out;
+    for (int j = 0; j < kLanes; j++) out[j] = table[v[j] & 15];
+    return out;
+#endif
+  }
+
+  // The bits move to their place in fp32, under an exponent that keeps subnormals normal: n. Of a
+  // true subnormal the leading one, which n has and it has not, goes: 2 n - (its smallest normal).
+  // For all others that is larger than n, so the smaller of the two is right.
+  template <int i>
+  INLINE vf small_float(const uint32_t* words, int p) const {
+    constexpr uint32_t mask = ((1u << (E + M)) - 1) << (23 - M);
+    vf n = (vf)blend(code<Bits, i>(words, p, 23 - M), mask, vu{} + (uint32_t(kBase) << 23));
+    n = smaller(n, n * 2.0f - (vf)(vu{} + (uint32_t(kBase + 1) << 23)));
+    return (vf)blend(code<Bits, i>(words, p, 32 - Bits), 0x80000000u, (vu)n);
+  }
+
+  // Of code `i` of a block, part p of its rows.
+  template <int i>
+  INLINE vf at(const uint32_t* words, int p, vf group_scale) const {
+    vf out;
+    if constexpr (kLookup) out = lookup(code<Bits, i>(words, p));
+    else if constexpr (kind == kFloat) return small_float<i>(words, p);
+    else out = to_float((vi)(code<Bits, i>(words, p) & ((1u << Bits) - 1))) + base;
+    if constexpr (kind == kRounded) {
+      const vf magic = splat(12582912.0f);  // 1.5 * 2^23: the sum has no room for a fraction
+      out = (out * group_scale + magic) - magic;
+    }
+    return out;
+  }
+};
 
 // The 32 columns of a block as fp32 values: column i of row r at out[16 i + r].
-typedef void (*Decode)(const Coded&, const uint32_t* words, const uint32_t* positions,
-                       const uint16_t* group_scales, float* out);
+struct Decoder {
+  void (*block)(const Coded&, const uint32_t* words, const uint32_t* positions,
+                const uint16_t* group_scales, float* out);
+  // sums [16] += the block times one row of x: nothing passes through memory
+  void (*dot)(const Coded&, const uint32_t* words, const uint32_t* positions,
+              const uint16_t* group_scales, const float* x, float* sums);
+  float factor;
+};
 
-template <Kind kind, int Bits>
+template <Kind kind, int Bits, int E = 0>
 static void decode(const Coded& c, const uint32_t* words, const uint32_t*,
                    const uint16_t* group_scales, float* out) {
+  const Value<kind, Bits, E> value(c);
   vf scale[kParts] = {};
   if constexpr (kind == kRounded)
     for (int p = 0; p < kParts; p++) scale[p] = fp16_load(group_scales + p * kLanes);
   unrolled<0, kBlock>([&](auto i) __attribute__((always_inline)) {
     for (int p = 0; p < kParts; p++)
-      store(out + i.value * 16 + p * kLanes,
-            value<kind, Bits>(c, code<Bits, i.value>(words, p), scale[p]));
+      store(out + i.value * 16 + p * kLanes, value.template at<i.value>(words, p, scale[p]));
   });
+}
+
+INLINE void add_to(float* sums, int p, vf a, vf b, vf c, vf d) {
+  store(sums + p * kLanes, load<vf>(sums + p * kLanes) + ((a + b) + (c + d)));
+}
+
+template <Kind kind, int Bits, int E = 0>
+static void dot(const Coded& c, const uint32_t* words, const uint32_t*,
+                const uint16_t* group_scales, const float* x, float* sums) {
+  const Value<kind, Bits, E> value(c);
+  for (int p = 0; p < kParts; p++) {
+    vf acc[4] = {}, scale{};
+    if constexpr (kind == kRounded) scale = fp16_load(group_scales + p * kLanes);
+    unrolled<0, kBlock>([&](auto i) __attribute__((always_inline)) {
+      acc[i.value % 4] += value.template at<i.value>(words, p, scale) * x[i.value];
+    });
+    add_to(sums, p, acc[0], acc[1], acc[2], acc[3]);
+  }
 }
 
 // Of each 4 columns 2 are kept: 4-bit codes 2 q, 2 q + 1 and positions of 2 bits each.
 static void decode_sparse(const Coded& c, const uint32_t* words, const uint32_t* positions,
                           const uint16_t*, float* out) {
+  const Value<kInteger, 4> value(c);
   unrolled<0, kBlock / 4>([&](auto q) __attribute__((always_inline)) {
     for (int p = 0; p < kParts; p++) {
       vu where = load<vu>(positions + p * kLanes) >> (4 * q.value);
       vi first = (vi)(where & 3), second = (vi)((where >> 2) & 3);
-      vf a = value<kInteger, 4>(c, code<4, 2 * q.value>(words, p), vf{});
-      vf b = value<kInteger, 4>(c, code<4, 2 * q.value + 1>(words, p), vf{});
+      vf a = value.at<2 * q.value>(words, p, vf{});
+      vf b = value.at<2 * q.value + 1>(words, p, vf{});
       UNROLL
       for (int j = 0; j < 4; j++) {
         vf none{};
@@ -123,18 +188,56 @@ static void decode_sparse(const Coded& c, const uint32_t* words, const uint32_t*
   });
 }
 
-static Decode choose(const Coded& c) {
-  if (c.positions) return decode_sparse;
-  if (c.group_scales) return decode<kRounded, 4>;
-  if (c.exponent_bits) {
-    constexpr Decode floats[] = {decode<kFloat, 4>, decode<kFloat, 5>, decode<kFloat, 6>,
-                                 decode<kFloat, 7>, decode<kFloat, 8>};
-    return floats[c.bits - 4];
+// Element v % 4 of x [4] in each lane.
+INLINE vf pick4(const float* x, vu v) {
+#if defined(__AVX512F__)
+  return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(x)), (__m512i)v);
+#elif defined(__AVX2__)
+  return _mm256_permutevar_ps(_mm256_broadcast_ps((const __m128*)x), (__m256i)v);
+#else
+  vf out;
+  for (int j = 0; j < kLanes; j++) out[j] = x[v[j] & 3];
+  return out;
+#endif
+}
+
+static void dot_sparse(const Coded& c, const uint32_t* words, const uint32_t* positions,
+                       const uint16_t*, const float* x, float* sums) {
+  const Value<kInteger, 4> value(c);
+  for (int p = 0; p < kParts; p++) {
+    vf acc[4] = {};
+    const vu where = load<vu>(positions + p * kLanes);
+    unrolled<0, kBlock / 4>([&](auto q) __attribute__((always_inline)) {
+      constexpr int i = 2 * q.value;
+      const float* four = x + 4 * q.value;
+      acc[i % 4] += value.at<i>(words, p, vf{}) * pick4(four, where >> (2 * i));
+      acc[i % 4 + 1] += value.at<i + 1>(words, p, vf{}) * pick4(four, where >> (2 * i + 2));
+    });
+    add_to(sums, p, acc[0], acc[1], acc[2], acc[3]);
   }
-  if (!c.integers) return decode<kTable, 4>;
-  constexpr Decode integers[] = {decode<kInteger, 1>, decode<kInteger, 2>, decode<kInteger, 3>,
-                                 decode<kInteger, 4>, decode<kInteger, 5>, decode<kInteger, 6>,
-                                 decode<kInteger, 7>, decode<kInteger, 8>};
+}
+
+template <Kind kind, int Bits, int E = 0>
+constexpr Decoder kDecoder{decode<kind, Bits, E>, dot<kind, Bits, E>,
+                           Value<kind, Bits, E>::factor()};
+template <int E, int M>
+constexpr Decoder kSmallFloat = kDecoder<kFloat, 1 + E + M, E>;
+
+static Decoder choose(const Coded& c) {
+  if (c.positions) return {decode_sparse, dot_sparse, 1};
+  if (c.group_scales) return kDecoder<kRounded, 4>;
+  constexpr Decoder none{nullptr, nullptr, 0};
+  constexpr Decoder floats[4][5] = {  // [E - 2][M - 1]
+      {kSmallFloat<2, 1>, kSmallFloat<2, 2>, kSmallFloat<2, 3>, kSmallFloat<2, 4>,
+       kSmallFloat<2, 5>},
+      {kSmallFloat<3, 1>, kSmallFloat<3, 2>, kSmallFloat<3, 3>, kSmallFloat<3, 4>, none},
+      {kSmallFloat<4, 1>, kSmallFloat<4, 2>, kSmallFloat<4, 3>, none, none},
+      {kSmallFloat<5, 1>, kSmallFloat<5, 2>, none, none, none}};
+  if (c.exponent_bits) return floats[c.exponent_bits - 2][c.bits - c.exponent_bits - 2];
+  if (!c.integers) return kDecoder<kTable, 4>;
+  constexpr Decoder integers[] = {
+      kDecoder<kInteger, 1>, kDecoder<kInteger, 2>, kDecoder<kInteger, 3>, kDecoder<kInteger, 4>,
+      kDecoder<kInteger, 5>, kDecoder<kInteger, 6>, kDecoder<kInteger, 7>, kDecoder<kInteger, 8>};
   return integers[c.bits - 1];
 }
 
@@ -156,13 +259,17 @@ struct Tile {
   static int64_t words(const Coded& c) { return c.positions ? 2 : c.bits; }
   static int64_t size(const Coded& c) { return c.scale_type == Type::fp32 ? 4 : 2; }
 
-  void decode(const Coded& c, Decode f, int64_t block, int64_t group, float* out) const {
-    f(c, codes + block * words(c) * 16, positions ? positions + block * 16 : nullptr,
-      group_scales ? group_scales + group * 16 : nullptr, out);
+  void decode(const Coded& c, const Decoder& f, int64_t block, int64_t group, float* out) const {
+    f.block(c, codes + block * words(c) * 16, positions ? positions + block * 16 : nullptr,
+            group_scales ? group_scales + group * 16 : nullptr, out);
   }
-  vf scale(const Coded& c, int64_t group, int p) const {
+  void dot(const Coded& c, const Decoder& f, int64_t block, int64_t group, float* sums) const {
+    f.dot(c, codes + block * words(c) * 16, positions ? positions + block * 16 : nullptr,
+          group_scales ? group_scales + group * 16 : nullptr, c.a.x + block * kBlock, sums);
+  }
+  vf scale(const Coded& c, const Decoder& f, int64_t group, int p) const {
     int64_t g = c.scale_groups > 1 ? group : 0;
-    return load_many(scales, c.scale_type, g * 16 + p * kLanes);
+    return load_many(scales, c.scale_type, g * 16 + p * kLanes) * f.factor;
   }
   vf zero(int64_t group, int p) const {
     typedef uint8_t bytes __attribute__((vector_size(kLanes)));
@@ -198,7 +305,7 @@ INLINE void accumulate(const float* w, const float* x, int64_t stride, float* su
 
 void coded_tiles(const Coded& c, int64_t tile0, int64_t tile1) {
   const Linear& a = c.a;
-  const Decode f = choose(c);
+  const Decoder f = choose(c);
   alignas(64) float block[kBlock * 16], dots[kMaxRows * 16];
   for (int64_t t = tile0; t < tile1; t++) {
     vf sums[kMaxRows][kParts] = {};
@@ -207,6 +314,10 @@ void coded_tiles(const Coded& c, int64_t tile0, int64_t tile1) {
       const int64_t end = min((g + 1) * a.group, a.kpad);
       memset(dots, 0, a.m * 64);
       for (int64_t k = g * a.group; k < end; k += kBlock) {
+        if (a.m == 1) {
+          tile.dot(c, f, k / kBlock, g, dots);
+          continue;
+        }
         tile.decode(c, f, k / kBlock, g, block);
         int64_t m = 0;
         for (; m + 4 <= a.m; m += 4)
@@ -216,7 +327,7 @@ void coded_tiles(const Coded& c, int64_t tile0, int64_t tile1) {
         if (m < a.m) accumulate<1>(block, a.x + m * a.kpad + k, a.kpad, dots + m * 16);
       }
       for (int p = 0; p < kParts; p++) {
-        const vf scale = tile.scale(c, g, p), zero = tile.zero(g, p);
+        const vf scale = tile.scale(c, f, g, p), zero = tile.zero(g, p);
         for (int64_t m = 0; m < a.m; m++)
           sums[m][p] += scale * (load<vf>(dots + m * 16 + p * kLanes) -
                                  zero * (c.zeros ? a.group_sum[m * a.groups + g] : 0.0f));
@@ -231,7 +342,7 @@ void coded_tiles(const Coded& c, int64_t tile0, int64_t tile1) {
 }
 
 void coded_widen(const Coded& c, int64_t tile0, int64_t tile1, int64_t stride, float* out) {
-  const Decode f = choose(c);
+  const Decoder f = choose(c);
   alignas(64) float block[kBlock * 16];
   for (int64_t t = tile0; t < tile1; t++) {
     const Tile tile(c, t);
@@ -239,7 +350,7 @@ void coded_widen(const Coded& c, int64_t tile0, int64_t tile1, int64_t stride, f
       const int64_t g = k / c.a.group;
       tile.decode(c, f, k / kBlock, g, block);
       for (int p = 0; p < kParts; p++) {
-        const vf scale = tile.scale(c, g, p), zero = tile.zero(g, p);
+        const vf scale = tile.scale(c, f, g, p), zero = tile.zero(g, p);
         for (int i = 0; i < kBlock; i++)
           store(out + (k + i) * stride + (t - tile0) * 16 + p * kLanes,
                 (load<vf>(block + i * 16 + p * kLanes) - zero) * scale);
