@@ -44,7 +44,8 @@ Tensor coded_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, 
                     OptTensor bias, int64_t n, int64_t k, int64_t bits, int64_t group,
                     int64_t exponent_bits, int64_t activations) {
   TORCH_CHECK_VALUE(bits >= 1 && bits <= 8 && exponent_bits >= 0 && exponent_bits <= 5 &&
-                        (!exponent_bits || (exponent_bits >= 2 && exponent_bits <= bits - 2)) && activations >= 0 && activations <= 2,
+                        (!exponent_bits || (exponent_bits >= 2 && exponent_bits <= bits - 2)) &&
+                        activations >= 0 && activations <= 2,
                     "no such format: ", bits, " bits, of them ", exponent_bits, " exponent");
   TORCH_CHECK_VALUE(group > 0 && (group % 32 == 0 || group >= k), "group size ", group,
                     " is not a multiple of 32");
