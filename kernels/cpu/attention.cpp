@@ -30,9 +30,7 @@ static void widen_cache(const void* from, Type type, bool int8, int64_t slots, i
     int64_t i = 0;
     if (int8) {
       const int8_t* row = (const int8_t*)from + s * stride;
-      typedef int8_t bytes __attribute__((vector_size(kLanes)));
-      for (; i + kLanes <= d; i += kLanes)
-        store(out + i, to_float(__builtin_convertvector(load<bytes>(row + i), vi)));
+      for (; i + kLanes <= d; i += kLanes) store(out + i, to_float(widen8(row + i)));
       for (; i < d; i++) out[i] = row[i];
     } else {
       for (; i + kLanes <= d; i += kLanes) store(out + i, load_many(from, type, s * stride + i));

@@ -13,9 +13,12 @@ constexpr int kParams = 64;  // bytes of the scales and zeros of a group
 
 INLINE int64_t tile_bytes(const Linear& a) { return a.kpad * 8 + a.groups * kParams; }
 
-// M rows of x against T tiles: int8 activations.
-template <int M, int T>
-static void quantized(const Linear& a, int64_t tile, int64_t m0) {
+INLINE vi low_nibbles(vi v) { return v & 0x0f0f0f0f; }
+INLINE vi high_nibbles(vi v) { return (v >> 4) & 0x0f0f0f0f; }
+
+// M rows of x against T tiles: int8 activations. `bytes`: null, or the tiles' codes unpacked.
+template <int M, int T, bool kUnpacked>
+static void quantized(const Linear& a, int64_t tile, int64_t m0, const uint8_t* bytes) {
   vf sums[M][T][kParts] = {};
   const uint8_t* w = (const uint8_t*)a.w + tile * tile_bytes(a);
   const int64_t stride = tile_bytes(a), per_group = a.group / a.block;
@@ -24,16 +27,6 @@ static void quantized(const Linear& a, int64_t tile, int64_t m0) {
     const int64_t begin = g * a.group, end = min(begin + a.group, a.kpad);
     const uint8_t* codes = w + begin * 8 + g * kParams;
     const uint8_t* params = codes + (end - begin) * 8;
-    vf scale[T][kParts];
-    UNROLL
-    for (int t = 0; t < T; t++)
-      UNROLL
-      for (int p = 0; p < kParts; p++) {
-        scale[t][p] = bf16_load(params + t * stride + p * kLanes * 2);
-        vf zero = bf16_load(params + t * stride + 32 + p * kLanes * 2);
-        UNROLL
-        for (int m = 0; m < M; m++) sums[m][t][p] += zero * a.group_sum[(m0 + m) * a.groups + g];
-      }
     int64_t b = g * per_group;
     for (int64_t k0 = begin; k0 < end; k0 += a.block, b++) {
       vi dots[M][T][kParts];
@@ -42,42 +35,68 @@ static void quantized(const Linear& a, int64_t tile, int64_t m0) {
         UNROLL
         for (int t = 0; t < T; t++)
           UNROLL
-          for (int p = 0; p < kParts; p++) dots[m][t][p] = splat(a.offset[(m0 + m) * a.blocks + b]);
+          for (int p = 0; p < kParts; p++) dots[m][t][p] = splat(a.offset[b * a.m + m0 + m]);
       const int64_t k1 = min(k0 + a.block, end);
-      for (int64_t k = k0; k < k1; k += 8) {
-        vi low[T][kParts], high[T][kParts];
-        UNROLL
-        for (int t = 0; t < T; t++)
-          UNROLL
-          for (int p = 0; p < kParts; p++) {
-            const uint8_t* line = codes + t * stride + (k - begin) * 8;
-            vi v = load<vi>(line + p * kLanes * 4);
-            if (M < kRows && p == 0) prefetch(line + T * stride);
-            low[t][p] = v & 0x0f0f0f0f;
-            high[t][p] = (v >> 4) & 0x0f0f0f0f;
-          }
+      auto step = [&](int64_t k, const vi (&q)[T][kParts]) __attribute__((always_inline)) {
         UNROLL
         for (int m = 0; m < M; m++) {
-          int32_t four[2];
-          memcpy(four, xq + m * a.kpad + k, 8);
+          int32_t four;
+          memcpy(&four, xq + m * a.kpad + k, 4);
+          UNROLL
+          for (int t = 0; t < T; t++)
+            UNROLL
+            for (int p = 0; p < kParts; p++)
+              dots[m][t][p] = dot4(dots[m][t][p], q[t][p], splat(four));
+        }
+      };
+      if constexpr (kUnpacked) {
+        _Pragma("GCC unroll 4")
+        for (int64_t k = k0; k < k1; k += 4) {
+          vi q[T][kParts];
+          UNROLL
+          for (int t = 0; t < T; t++)
+            UNROLL
+            for (int p = 0; p < kParts; p++)
+              q[t][p] = load<vi>(bytes + (t * a.kpad + k) * 16 + p * kLanes * 4);
+          step(k, q);
+        }
+      } else {
+        for (int64_t k = k0; k < k1; k += 8) {
+          vi low[T][kParts], high[T][kParts];
           UNROLL
           for (int t = 0; t < T; t++)
             UNROLL
             for (int p = 0; p < kParts; p++) {
-              dots[m][t][p] = dot4(dots[m][t][p], low[t][p], splat(four[0]));
-              dots[m][t][p] = dot4(dots[m][t][p], high[t][p], splat(four[1]));
+              const uint8_t* line = codes + t * stride + (k - begin) * 8;
+              vi v = load<vi>(line + p * kLanes * 4);
+              if (M < kRows && p == 0) prefetch(line + T * stride);
+              low[t][p] = low_nibbles(v);
+              high[t][p] = high_nibbles(v);
             }
+          step(k, low);
+          step(k + 4, high);
         }
       }
+      const uint8_t* late = params;
+      asm("" : "+r"(late));  // keep the scales out of the registers until the dots are done
       UNROLL
-      for (int m = 0; m < M; m++)
+      for (int t = 0; t < T; t++)
         UNROLL
-        for (int t = 0; t < T; t++)
+        for (int p = 0; p < kParts; p++) {
+          vf scale = bf16_load(late + t * stride + p * kLanes * 2);
           UNROLL
-          for (int p = 0; p < kParts; p++)
-            sums[m][t][p] +=
-                to_float(dots[m][t][p]) * (scale[t][p] * a.xs[(m0 + m) * a.blocks + b]);
+          for (int m = 0; m < M; m++)
+            sums[m][t][p] += to_float(dots[m][t][p]) * (scale * a.xs[b * a.m + m0 + m]);
+        }
     }
+    UNROLL
+    for (int t = 0; t < T; t++)
+      UNROLL
+      for (int p = 0; p < kParts; p++) {
+        vf zero = bf16_load(params + t * stride + 32 + p * kLanes * 2);
+        UNROLL
+        for (int m = 0; m < M; m++) sums[m][t][p] += zero * a.group_sum[g * a.m + m0 + m];
+      }
   }
   for (int t = 0; t < T; t++)
     for (int m = 0; m < M; m++) finish(a, m0 + m, (tile + t) * 16, sums[m][t]);
@@ -132,17 +151,40 @@ static void exact(const Linear& a, int64_t tile, int64_t m0) {
         UNROLL
         for (int m = 0; m < M; m++)
           sums[m][t][p] += scale * (dots[m][t][p] + more[m][t][p]) +
-                           (zero - 8 * scale) * a.group_sum[(m0 + m) * a.groups + g];
+                           (zero - 8 * scale) * a.group_sum[g * a.m + m0 + m];
       }
   }
   for (int t = 0; t < T; t++)
     for (int m = 0; m < M; m++) finish(a, m0 + m, (tile + t) * 16, sums[m][t]);
 }
 
+// The codes of a tile as bytes, four columns of 16 rows in 64 of them: the form of int8 tiles.
+static void unpack(const Linear& a, int64_t tile, uint8_t* out) {
+  const uint8_t* w = (const uint8_t*)a.w + tile * tile_bytes(a);
+  for (int64_t k = 0; k < a.kpad; k += 8)
+    for (int p = 0; p < kParts; p++) {
+      vi v = load<vi>(w + k * 8 + k / a.group * kParams + p * kLanes * 4);
+      store(out + k * 16 + p * kLanes * 4, low_nibbles(v));
+      store(out + k * 16 + 64 + p * kLanes * 4, high_nibbles(v));
+    }
+}
+
 void int4_tiles(const Linear& a, int64_t t0, int64_t t1, int64_t m0, int64_t m1) {
-  each_tile<kRows>(t0, t1, m0, m1, [&](auto m, auto t, int64_t tile, int64_t row) {
-    quantized<m.value, t.value>(a, tile, row);
-  });
+  constexpr int64_t kMost = 16384;  // columns whose bytes, 512 KiB for two tiles, fit any stack
+  if (m1 - m0 < 4 * kRows || a.kpad > kMost) {
+    each_tile<kRows>(t0, t1, m0, m1, [&](auto m, auto t, int64_t tile, int64_t row) {
+      quantized<m.value, t.value, false>(a, tile, row, nullptr);
+    });
+    return;
+  }
+  uint8_t* bytes = (uint8_t*)__builtin_alloca_with_align(kTiles * a.kpad * 16, 512);
+  for (; t0 < t1; t0 += kTiles) {
+    const int64_t end = min(t0 + kTiles, t1);
+    for (int64_t t = t0; t < end; t++) unpack(a, t, bytes + (t - t0) * a.kpad * 16);
+    each_tile<kRows>(t0, end, m0, m1, [&](auto m, auto t, int64_t tile, int64_t row) {
+      quantized<m.value, t.value, true>(a, tile, row, bytes + (tile - t0) * a.kpad * 16);
+    });
+  }
 }
 
 void int4_exact(const Linear& a, int64_t t0, int64_t t1) {

@@ -7,58 +7,84 @@
 
 namespace CPU_LEVEL {
 
-// Quantize rows m0 .. m1 of x, in blocks (or whole rows: block = kpad).
+INLINE float amax(const float* p, int64_t len) {
+  vf top{};
+  for (int64_t i = 0; i < len; i += kLanes) {
+    vf v = load<vf>(p + i);
+    top = max(top, max(v, -v));
+  }
+  return max_of(top);
+}
+
+// len numbers at p to codes; returns the codes' sum. len is rounded up to whole vectors.
+INLINE int32_t round_line(const float* p, int64_t len, float scale, int8_t* codes) {
+  vi sums{};
+  const float inverse = scale > 1e-36f ? 1 / scale : 0;  // finite
+  for (int64_t i = 0; i < len; i += kLanes) {
+    vf scaled = load<vf>(p + i) * inverse;
+#if defined(__x86_64__)
+    asm("" : "+v"(scaled));  // no fused rounding: the same codes at every level
+#endif
+    vi q = round_to_int(scaled);
+    sums += q;
+    store(codes + i, __builtin_convertvector(q, vb));
+  }
+  return sum(sums);
+}
+
+// Quantize rows m0 .. m1 of x, in blocks (or whole rows: block = kpad), kChunk columns at a time.
 void quantize_rows(const void* x, const Linear& a, const Quantized& out, int64_t m0, int64_t m1) {
-  alignas(64) float values[4096];
+  constexpr int64_t kChunk = 2048;
+  alignas(64) float values[kChunk + 64];
+  alignas(64) int8_t codes[kChunk + 64];
+  const int64_t size = a.type == Type::fp32 ? 4 : 2;
   for (int64_t m = m0; m < m1; m++) {
-    float row_scale = 0;
+    // Columns k0 .. k0 + len as fp32, zeros after the row's end.
     auto widen = [&](int64_t k0, int64_t len) {
-      int64_t real = k0 < a.k ? min(len, a.k - k0) : 0;
-      widen_rows((const char*)x + (m * a.k + k0) * (a.type == Type::fp32 ? 4 : 2), a.type, 1, real,
-                 (len + 15) / 16 * 16, false, values);
-    };
-    auto amax = [&](int64_t len) {
-      vf top{};
-      for (int64_t i = 0; i < len; i += kLanes) {
-        vf v = load<vf>(values + i);
-        top = max(top, max(v, -v));
-      }
-      return max_of(top);
+      const int64_t real = k0 < a.k ? min(len, a.k - k0) : 0;
+      widen_rows((const char*)x + (m * a.k + k0) * size, a.type, 1, real, len + 64, false, values);
     };
     if (out.per_token) {
-      for (int64_t k = 0; k < a.kpad; k += 4096) {
-        int64_t len = min(4096, a.kpad - k);
-        widen(k, len);
-        row_scale = max(row_scale, amax(len));
+      float top = 0;
+      for (int64_t k = 0; k < a.kpad; k += kChunk) {
+        widen(k, min(kChunk, a.kpad - k));
+        top = max(top, amax(values, min(kChunk, a.kpad - k)));
       }
-      row_scale = max(row_scale / 127, 1e-5f);
-    }
-    for (int64_t b = 0; b < a.blocks; b++) {
-      int64_t k0 = b * a.block, k1 = min(k0 + a.block, a.kpad);
-      float scale = row_scale;
+      const float scale = max(top / 127, 1e-5f);
       int32_t total = 0;
-      for (int64_t k = k0; k < k1; k += 4096) {
-        int64_t len = min(4096, k1 - k);
-        widen(k, len);
-        if (!out.per_token) scale = amax(len) / 127;
-        vf divisor = splat(scale > 0 ? scale : 1.0f);
-        vi sums{};
-        int8_t codes[4096 + 16];
-        for (int64_t i = 0; i < len; i += kLanes) {
-          vi q = round_to_int(load<vf>(values + i) / divisor);
-          sums += q;
-          typedef int8_t bytes __attribute__((vector_size(kLanes)));
-          store(codes + i, __builtin_convertvector(q, bytes));
-        }
+      for (int64_t k = 0; k < a.kpad; k += kChunk) {
+        const int64_t len = min(kChunk, a.kpad - k);
+        if (a.kpad > kChunk) widen(k, len);
+        total += round_line(values, len, scale, codes);
         memcpy(out.xq + m * a.kpad + k, codes, len);
-        for (int i = 0; i < kLanes; i++) total += sums[i];
       }
-      out.xs[m * a.blocks + b] = scale;
-      out.offset[m * a.blocks + b] = -out.zero_code * total;
-      if (out.group_sum) {
-        float& sum = out.group_sum[m * a.groups + k0 / a.group];
-        sum = scale * float(total) + (k0 % a.group ? sum : 0);
+      out.xs[m] = scale;
+      out.offset[m] = -out.zero_code * total;
+      continue;
+    }
+    const int64_t chunk = kChunk / a.block * a.block;
+    for (int64_t k = 0; k < a.kpad; k += chunk) {
+      const int64_t len = min(chunk, a.kpad - k);
+      widen(k, len);
+      for (int64_t i = 0; i < len; i += a.block) {
+        const int64_t b = (k + i) / a.block * a.m + m;
+        const int64_t width = min(a.block, len - i);
+        if (width % kLanes) {  // the neighbours' numbers must not count
+          alignas(64) float line[64] = {};
+          memcpy(line, values + i, width * sizeof(float));
+          out.xs[b] = amax(line, width) / 127;
+          out.offset[b] = -out.zero_code * round_line(line, width, out.xs[b], codes + i);
+        } else {
+          out.xs[b] = amax(values + i, width) / 127;
+          out.offset[b] = -out.zero_code * round_line(values + i, width, out.xs[b], codes + i);
+        }
+        if (out.group_sum) {
+          float& sum = out.group_sum[(k + i) / a.group * a.m + m];
+          const float part = out.xs[b] * float(out.offset[b] / -out.zero_code);
+          sum = (k + i) % a.group ? sum + part : part;
+        }
       }
+      memcpy(out.xq + m * a.kpad + k, codes, len);
     }
   }
 }
@@ -76,7 +102,7 @@ static void quantized(const Linear& a, int64_t tile, int64_t m0) {
       UNROLL
       for (int t = 0; t < T; t++)
         UNROLL
-        for (int p = 0; p < kParts; p++) dots[m][t][p] = splat(a.offset[(m0 + m) * a.blocks + b]);
+        for (int p = 0; p < kParts; p++) dots[m][t][p] = splat(a.offset[b * a.m + m0 + m]);
     int64_t end = min((b + 1) * a.block, a.kpad);
     _Pragma("GCC unroll 4")
     for (int64_t k = b * a.block; k < end; k += 4) {
@@ -105,7 +131,7 @@ static void quantized(const Linear& a, int64_t tile, int64_t m0) {
       for (int t = 0; t < T; t++)
         UNROLL
         for (int p = 0; p < kParts; p++)
-          sums[m][t][p] += to_float(dots[m][t][p]) * a.xs[(m0 + m) * a.blocks + b];
+          sums[m][t][p] += to_float(dots[m][t][p]) * a.xs[b * a.m + m0 + m];
   }
   for (int t = 0; t < T; t++)
     for (int m = 0; m < M; m++) finish(a, m0 + m, (tile + t) * 16, sums[m][t]);

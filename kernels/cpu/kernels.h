@@ -9,10 +9,10 @@ enum class Type : int { fp32, bf16, fp16 };
 struct Linear {
   const void* w;           // rows (float) or tiles (int8, int4)
   const float* x;          // [m, kpad] fp32
-  const float* group_sum;  // [m, groups] sum of x over each group of w (int4)
+  const float* group_sum;  // [groups, m] sum of x over each group of w (int4)
   const int8_t* xq;        // [m, kpad] codes of x
-  const float* xs;         // [m, blocks] their scales
-  const int32_t* offset;   // [m, blocks] minus the zero code of w times the sum of the codes of x
+  const float* xs;         // [blocks, m] their scales
+  const int32_t* offset;   // [blocks, m] minus the zero code of w times the sum of the codes of x
   const void* scales;      // [n] or null
   const void* bias;        // [n] of `type`, or null
   void* y;                 // [m, n] of `type`

@@ -117,7 +117,7 @@ void with_wide(Call& call, const F& f) {
       float total = 0;
       for (int64_t k = g * a.group; k < std::min((g + 1) * a.group, a.kpad); k++)
         total += wide[m * a.kpad + k];
-      sums[m * a.groups + g] = total;
+      sums[g * a.m + m] = total;
     }
   a.group_sum = sums;
   f();

@@ -31,6 +31,7 @@ typedef float vf __attribute__((vector_size(4 * kLanes)));
 typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t vu __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));
+typedef int8_t vb __attribute__((vector_size(kLanes)));
 
 template <class V, class T>
 INLINE V load(const T* p) {
@@ -54,10 +55,35 @@ INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 // The two bf16 numbers of each 32-bit lane: even (low half) and odd (high half).
 INLINE vf bf16_even(vu v) { return (vf)(v << 16); }
 INLINE vf bf16_odd(vu v) { return (vf)(v & 0xffff0000u); }
-// kLanes bf16 numbers in order.
-INLINE vf bf16_load(const void* p) {
-  return (vf)(__builtin_convertvector(load<vh>((const char*)p), vu) << 16);
+// kLanes 16-bit or signed 8-bit integers widened, and back. (Compilers split the generic form.)
+INLINE vu widen16(const void* p) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+  return __builtin_convertvector(load<vh>((const char*)p), vu);
+#endif
 }
+INLINE vi widen8(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  return __builtin_convertvector(load<vb>(p), vi);
+#endif
+}
+INLINE void store16(void* p, vu v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)v));
+#else
+  store((char*)p, __builtin_convertvector(v, vh));
+#endif
+}
+
+// kLanes bf16 numbers in order.
+INLINE vf bf16_load(const void* p) { return (vf)(widen16(p) << 16); }
 
 // kLanes fp16 numbers. Without F16C: the bits moved into fp32 place are off by 2^112.
 INLINE vf fp16_load(const void* p) {
@@ -66,7 +92,7 @@ INLINE vf fp16_load(const void* p) {
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
-  vu h = __builtin_convertvector(load<vh>((const char*)p), vu);
+  vu h = widen16(p);
   vf small = (vf)((h & 0x7fffu) << 13) * 0x1p112f;
   vu special = (vu)((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;  // infinity and NaN
   return (vf)((vu)small | special | ((h & 0x8000u) << 16));
@@ -86,11 +112,24 @@ INLINE float sum(vf v) {
 #endif
 }
 
+INLINE int32_t sum(vi v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
+  int32_t out = 0;
+  for (int i = 0; i < kLanes; i++) out += v[i];
+  return out;
+#endif
+}
+
 INLINE float max_of(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(v);
+#else
   float out = v[0];
-  UNROLL
   for (int i = 1; i < kLanes; i++) out = max(out, v[i]);
   return out;
+#endif
 }
 
 // acc += the four products of unsigned bytes w and signed bytes x in each 32-bit lane. Exact.
@@ -177,10 +216,15 @@ INLINE void store_many(void* p, Type type, int64_t i, vf x) {
     vu bits = (vu)x;
     vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     rounded = x == x ? rounded : vu{} + 0x7fc0;
-    store((uint16_t*)p + i, __builtin_convertvector(rounded, vh));
+    store16((uint16_t*)p + i, rounded);
   } else {
-    UNROLL
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)((uint16_t*)p + i), _mm512_cvtps_ph(x, 0));
+#elif defined(__F16C__)
+    _mm_storeu_si128((__m128i*)((uint16_t*)p + i), _mm256_cvtps_ph(x, 0));
+#else
     for (int j = 0; j < kLanes; j++) ((uint16_t*)p)[i + j] = to_fp16(x[j]);
+#endif
   }
 }
 
