@@ -34,6 +34,21 @@ class Int4Grid(Grid):
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         return (codes.float() - 8) * params["scales"] + params["zeros"]
 
+    def refit(self, codes: Tensor, target: Tensor, h: Tensor) -> Params:
+        """Two unknowns a row, s and z: the normal equations of q s + z in the metric of H."""
+        q = codes.float() - 8
+        qh = q @ h
+        ss, sz, zz = (
+            (qh * q).sum(1),
+            qh.sum(1),
+            h.sum(),
+        )  # of the normal matrix [[ss, sz], [sz, zz]]
+        right_s, right_z = (target * q).sum(1), target.sum(1)
+        scale = (zz * right_s - sz * right_z) / (ss * zz - sz * sz)
+        scale = torch.where(scale > 0, scale, torch.nan).to(torch.bfloat16).float()
+        zero = ((right_z - sz * scale) / zz).to(torch.bfloat16).float()  # given the rounded scale
+        return {"scales": scale[:, None], "zeros": zero[:, None]}
+
 
 class Int4Linear(QuantizedLinear):
     """Buffers: weight uint8 [N, ceil(K/2)]; scales, zeros bf16 [N, G], G = ceil(K / groupsize)."""

@@ -45,6 +45,14 @@ class Grid:
         """Values [N, C] fp32 that the codes stand for."""
         raise NotImplementedError
 
+    def refit(self, codes: Tensor, target: Tensor, h: Tensor) -> Params | None:
+        """One group's params that minimize tr((W_hat - T) H (W_hat - T)^T) for given codes.
+
+        codes [N, g]; target = T H [N, g]; h = H [g, g]. Entries [N, 1], NaN where there is no
+        solution; None if the grid has nothing to fit.
+        """
+        return None
+
     def learn(self, pieces: Iterable[Tensor]) -> None:
         """Learn what the whole tensor shares from all its rows, given in pieces [n, K] fp32.
 

@@ -1,5 +1,7 @@
 """GPTQ against a plain float64 reference, and the corner cases of Hessians and shapes."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -57,7 +59,7 @@ def test_first_pass_equals_plain_obq(features, groupsize, blocksize):
         features = groupsize
     w, stats = problem(24, features)
     grid = Int4Grid(groupsize)
-    codes, params = gptq(w, grid, stats, percdamp=0.0, blocksize=blocksize)
+    codes, params = gptq(w, grid, stats, percdamp=0.0, refinements=0, blocksize=blocksize)
     expected = plain_obq(w, grid, params, stats.hessian)
     assert (codes.long() == expected).float().mean() > 0.995  # fp32 may break a tie otherwise
     got = loss(grid, w, codes, params, stats.hessian)
@@ -102,10 +104,39 @@ def test_the_clip_search_never_loses_to_the_full_range():
     assert loss(grid, w, codes, params, stats.hessian) < nearest_loss(grid, w, stats.hessian)
 
 
+@pytest.mark.parametrize("name", ["int4", "uint3", "int8", "int4-sparse24", "codebook4"])
+def test_refinement_never_raises_the_error(name):
+    """Each round of refit and sweep lowers tr(D H D^T), up to the rounding of the scales."""
+    w, stats = problem(16, 200)
+    w = w.bfloat16().float() / 16
+    grid = FORMATS[name](200, 16, dtype=torch.bfloat16).grid()
+    hessian = damped(stats.hessian, 0.1)
+    losses = []
+    for rounds in range(4):
+        codes, params = gptq(w, grid, stats, percdamp=0.1, refinements=rounds)
+        losses.append(loss(grid, w, codes, params, hessian))
+    assert losses[3] < losses[0]
+    assert all(b <= a * 1.0001 for a, b in itertools.pairwise(losses)), losses
+
+
+def test_refit_solves_the_least_squares():
+    """int4's refit against a float64 solve of the same problem in the whitened space."""
+    w, stats = problem(5, 32)
+    grid, h = Int4Grid(32), damped(stats.hessian, 0.1)
+    codes = grid.round_to_nearest(w, grid.fit(w))
+    new = grid.refit(codes, w @ h, h)
+    root = torch.linalg.cholesky(h.double()).t()  # h = root^T root
+    for row in range(5):
+        basis = torch.stack([codes[row].double() - 8, torch.ones(32).double()], 1)
+        best = torch.linalg.lstsq(root @ basis, root @ w[row].double()).solution
+        got = torch.stack([new["scales"][row, 0], new["zeros"][row, 0]]).double()
+        assert torch.allclose(got, best, rtol=1e-2, atol=1e-3)  # bf16 storage
+
+
 def test_groups_stay_as_fitted_before_the_first_update():
     w, stats = problem(16, 96)
     grid = Int4Grid(32)
-    _, params = gptq(w, grid, stats, percdamp=0.1)
+    _, params = gptq(w, grid, stats, percdamp=0.1, refinements=0)
     fitted = fit_clipped(w, grid, damped(stats.hessian, 0.1))
     assert all(torch.equal(params[name], fitted[name]) for name in fitted)
 
