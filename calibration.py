@@ -17,6 +17,7 @@ from model import KVCache, ModelConfig, TransformerBlock, rope_frequencies
 from tokenizer import Tokenizer
 
 BUNDLED = Path(__file__).parent / "data" / "calibration.txt"
+SAMPLE = 512  # inputs of a layer that its statistics keep as they are
 LAYERS = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
 
 
@@ -28,19 +29,22 @@ class InputStatistics:
         hessian: [K, K], the mean of x x^T. The squared output error of a weight error D [N, K],
             summed over the rows, is tr(D hessian D^T) per token.
         mean_abs, max_abs: [K], of |x|.
+        sample: [S, K], at most SAMPLE of the inputs, drawn at random.
         tokens: how many were seen.
     """
 
     hessian: Tensor
     mean_abs: Tensor
     max_abs: Tensor
+    sample: Tensor
     tokens: int = 0
 
     @classmethod
     def empty(cls, features: int, device: torch.device | str | None = None) -> "InputStatistics":
         """Statistics of nothing yet."""
         mean_abs, max_abs = torch.zeros(2, features, device=device)
-        return cls(torch.zeros(features, features, device=device), mean_abs, max_abs)
+        hessian = torch.zeros(features, features, device=device)
+        return cls(hessian, mean_abs, max_abs, torch.zeros(0, features, device=device))
 
     def add(self, x: Tensor) -> None:
         """Take in the inputs x [..., K]."""
@@ -50,6 +54,11 @@ class InputStatistics:
         self.hessian.addmm_(x.t(), x, beta=keep, alpha=share)
         self.mean_abs.mul_(keep).add_(x.abs().sum(0), alpha=share)
         self.max_abs = torch.maximum(self.max_abs, x.abs().amax(0))
+        generator = torch.Generator().manual_seed(self.tokens)
+        chosen = torch.randperm(len(x), generator=generator)[: SAMPLE // 8].to(x.device)
+        self.sample = torch.cat([self.sample, x[chosen]])
+        if len(self.sample) > SAMPLE:
+            self.sample = self.sample[::2]
 
 
 def calibration_tokens(

@@ -230,11 +230,13 @@ def build_model(config: ModelConfig, layers: dict[str, dict], dtype: torch.dtype
         for name, settings in layers.items():
             try:
                 old = model.get_submodule(name)
-                rest = {k: v for k, v in settings.items() if k != "format"}
+                rest = {k: v for k, v in settings.items() if k not in ("format", "input_scale")}
                 shape = (old.in_features, old.out_features)
                 new = FORMATS[settings["format"]](
                     *shape, bias=old.bias is not None, dtype=dtype, **rest
                 )
+                if settings.get("input_scale"):
+                    new.input_scale = torch.empty(old.in_features, dtype=torch.bfloat16)
             except (AttributeError, TypeError, ValueError) as error:
                 raise UserError(f"malformed header: layer {name!r} ({error})") from None
             model.set_submodule(name, new)

@@ -7,77 +7,38 @@ python quantize.py --list
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import checkpoint as ckpt
+from autoquant import make_plan, read_or_make_plan
 from calibration import CalibrationStream, InputStatistics, calibration_tokens
 from engine import Engine, Sampling
 from errors import UserError, check_device, cli, progress
-from kernels import FORMATS, Grid
+from kernels import FORMATS
 from measure import peak_memory
 from model import ModelConfig, RMSNorm, Transformer, TransformerBlock
-from modes import ALGORITHMS, FLOAT_MODES, Mode, head_mode, mode_names, parse_mode
+from modes import (
+    ALGORITHMS,
+    AUTOQUANT,
+    FLOAT_MODES,
+    Mode,
+    head_mode,
+    list_modes,
+    make_grid,
+    parse_mode,
+    quantize_linear,
+    relative_error,
+    row_chunks,
+)
 from tokenizer import load_tokenizer
 
 # The linear layers of a block in the order in which they run: each is quantized on the inputs
 # that it gets when those before it are quantized already.
 BLOCK_LINEARS = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
-CHUNK = 2**22  # elements of a weight that are worked on at a time
-
-
-def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, CHUNK // columns)
-    return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
-
-
-def quantize_linear(
-    linear: nn.Linear,
-    mode: Mode,
-    stats: InputStatistics | None = None,
-    dtype: torch.dtype | None = None,
-    grid: Grid | None = None,
-    **options,
-) -> nn.Module:
-    """The quantized module that stands in for `linear`: same device and bias.
-
-    `dtype` is the model's, in which scales may be stored; by default the weight's own. `grid` is
-    one that has learned already, for a part of the rows. `options` go to the algorithm.
-    """
-    weight, cls = linear.weight, FORMATS[mode.format]
-    dtype = dtype or weight.dtype
-    rest = {k: v for k, v in mode.settings.items() if k != "format"}
-    chunks = list(_row_chunks(*weight.shape))
-    if grid is None:
-        grid = make_grid(mode, linear.in_features, dtype)
-        grid.learn(weight[rows].detach().float() for rows in chunks)
-    algorithm = ALGORITHMS[mode.algorithm]
-    if algorithm.calibrated:
-        codes, params = algorithm.run(weight.detach().float(), grid, stats, **options)
-    else:  # rows are independent: a few at a time bounds the memory
-        parts = [
-            algorithm.run(weight[rows].detach().float(), grid, None, **options) for rows in chunks
-        ]
-        codes = torch.cat([c for c, _ in parts])
-        params = {k: torch.cat([p[k] for _, p in parts]) for k in parts[0][1]}
-    bias = None if linear.bias is None else linear.bias.detach()
-    return cls.from_codes(codes, {**params, **grid.shared()}, bias, dtype, **rest)
-
-
-def make_grid(mode: Mode, in_features: int, dtype: torch.dtype) -> Grid:
-    """The grid of the mode's format for weights [N, in_features]."""
-    rest = {k: v for k, v in mode.settings.items() if k != "format"}
-    with torch.device("meta"):
-        module = FORMATS[mode.format](in_features, 1, dtype=dtype, **rest)
-    return module.grid()
-
-
-def relative_error(weight: Tensor, quantized: nn.Module) -> float:
-    """|W - W_hat| / |W|, Frobenius norms."""
-    return ((weight.float() - quantized.dequantize()).norm() / weight.float().norm()).item()
 
 
 def quantize_(
@@ -95,9 +56,10 @@ def quantize_(
     Args:
         mode: as on the command line, "int4-gptq" for example.
         inputs: argument tuples for model(*args), run once through the unquantized model to
-            collect the statistics that calibrated algorithms need.
+            collect the statistics that calibrated algorithms need, or the calls that autoquant
+            chooses for.
         repack: lay the weights out for this device's kernels (such a model no longer saves).
-        options: passed to the algorithm, percdamp=0.05 for example.
+        options: passed to the algorithm, percdamp=0.05 for example; min_sqnr to autoquant.
 
     Returns:
         The model.
@@ -106,11 +68,19 @@ def quantize_(
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not skip(n)}
     if parsed.format in FLOAT_MODES:
         return model.to(FLOAT_MODES[parsed.format])
-    stats = {}
-    if ALGORITHMS[parsed.algorithm].calibrated:
+    modes, stats = dict.fromkeys(linears, parsed), {}
+    if parsed.format in AUTOQUANT:
+        candidates, inputs = list(AUTOQUANT[parsed.format]), list(inputs)
+        if not inputs:
+            raise UserError(f"{mode} needs `inputs`: the calls to choose for")
+        with torch.no_grad():
+            run = lambda: [model(*args) for args in inputs]  # noqa: E731
+            modes, options = make_plan(linears, run, candidates, **options).modes(), {}
+    elif ALGORITHMS[parsed.algorithm].calibrated:
         stats = _collect(model, linears, inputs)
-    for name, linear in linears.items():
-        model.set_submodule(name, quantize_linear(linear, parsed, stats.get(name), **options))
+    for name, layer_mode in modes.items():
+        quantized = quantize_linear(linears[name], layer_mode, stats.get(name), **options)
+        model.set_submodule(name, quantized)
     if repack:
         ckpt.repack(model)
     return model
@@ -140,6 +110,8 @@ def random_model(
 ) -> Transformer:
     """A model of true shape with random weights, quantized layer by layer, ready to run."""
     torch.manual_seed(seed)
+    if mode is not None and mode.format in AUTOQUANT:
+        raise UserError(f"{mode} writes checkpoints only: see quantize.py")
     if mode is not None and mode.algorithm and ALGORITHMS[mode.algorithm].calibrated:
         raise UserError(f"random weights cannot be calibrated: take {mode.format!r}")
     with torch.device("meta"):
@@ -172,18 +144,20 @@ class CheckpointQuantizer:
     def __init__(
         self, source: ckpt.Checkpoint, mode: Mode, head: Mode, output: Path,
         device: str = "cpu", stream: CalibrationStream | None = None, options: dict | None = None,
-        calibration: dict | None = None,
+        calibration: dict | None = None, modes: dict[str, Mode] | None = None,
     ):  # fmt: skip
+        """`modes` names the mode of each quantized layer; None: `mode`, and `head` for the head."""
         self.source, self.mode, self.head, self.device = source, mode, head, device
         self.stream, self.options, self.report = stream, options or {}, []
         config = source.config
         self.dtype = FLOAT_MODES.get(mode.format, source.dtype)
-        self.layers = {}
-        if mode.format not in FLOAT_MODES:
-            names = [f"layers.{i}.{n}" for i in range(config.n_layers) for n in BLOCK_LINEARS]
-            self.layers = dict.fromkeys(names, mode.settings)
-        if head.format not in FLOAT_MODES:
-            self.layers["output"] = head.settings
+        if modes is None:
+            names = linear_names(config)[:-1] if mode.format not in FLOAT_MODES else []
+            modes = dict.fromkeys(names, mode)
+            if head.format not in FLOAT_MODES:
+                modes["output"] = head
+        self.modes = modes
+        self.layers = {name: m.settings for name, m in modes.items()}
         target = ckpt.build_model(config, self.layers, self.dtype)
         state = target.state_dict()
         self.specs = {n: (state[n].dtype, list(state[n].shape)) for n in ckpt.tensor_names(target)}
@@ -216,17 +190,17 @@ class CheckpointQuantizer:
         shape = self.source.spec(stored)[1]
         errors, grid = [], None
         if module in self.layers:
-            grid = make_grid(self.head, shape[1], self.dtype)
-            chunks = _row_chunks(*shape)
+            grid = make_grid(self.modes[module], shape[1], self.dtype)
+            chunks = row_chunks(*shape)
             grid.learn(self.source.tensor(stored, [r]).to(self.device).float() for r in chunks)
-        for rows in _row_chunks(shape[0], shape[1] if len(shape) > 1 else 1):
+        for rows in row_chunks(shape[0], shape[1] if len(shape) > 1 else 1):
             weight = self.source.tensor(stored, [rows]).to(self.device)
             if module not in self.layers:
                 self.writer.write(name, weight.to(self.dtype), rows.start)
                 continue
             linear = nn.Linear(shape[1], len(weight), bias=False, device="meta")
             linear.weight = nn.Parameter(weight, requires_grad=False)
-            quantized = quantize_linear(linear, self.head, dtype=self.dtype, grid=grid)
+            quantized = quantize_linear(linear, self.modes[module], dtype=self.dtype, grid=grid)
             errors.append(relative_error(weight, quantized))
             for key, tensor in quantized.state_dict().items():
                 if rows.start and key in quantized.shared:
@@ -234,7 +208,8 @@ class CheckpointQuantizer:
                 self.writer.write(f"{module}.{key}", tensor, rows.start)
         if errors:
             mean = sum(errors) / len(errors)
-            self.report.append({"name": module, "format": self.head.format, "error": mean})
+            format = self.modes[module].format
+            self.report.append({"name": module, "format": format, "error": mean})
 
     def _tied(self, name: str) -> bool:
         return name == "output.weight" and self.source.config.tied_head
@@ -253,13 +228,15 @@ class CheckpointQuantizer:
     def write_block(self, index: int) -> None:
         """Quantize one block's linear layers in running order and write the block."""
         block = self.load_block(index)
-        for name in BLOCK_LINEARS if self.mode.format in FORMATS else ():
-            linear = block.get_submodule(name)
-            stats = self.stream.statistics(block, name) if self.stream else None
-            quantized = quantize_linear(linear, self.mode, stats, self.dtype, **self.options)
-            error = relative_error(linear.weight, quantized)
+        for name in BLOCK_LINEARS:
             full_name = f"layers.{index}.{name}"
-            self.report.append({"name": full_name, "format": self.mode.format, "error": error})
+            if full_name not in self.modes:
+                continue
+            mode, linear = self.modes[full_name], block.get_submodule(name)
+            stats = self.stream.statistics(block, name) if self.stream else None
+            quantized = quantize_linear(linear, mode, stats, self.dtype, **self.options)
+            error = relative_error(linear.weight, quantized)
+            self.report.append({"name": full_name, "format": mode.format, "error": error})
             block.set_submodule(name, quantized)
         if self.stream:
             self.stream.advance(block)
@@ -268,28 +245,16 @@ class CheckpointQuantizer:
             self.writer.write(f"layers.{index}.{name}", tensor.to(spec[0]))
 
 
+def linear_names(config: ModelConfig) -> list[str]:
+    """Every linear layer of the model, the head last."""
+    blocks = [f"layers.{i}.{name}" for i in range(config.n_layers) for name in BLOCK_LINEARS]
+    return [*blocks, "output"]
+
+
 def default_output(source: ckpt.Checkpoint, mode: Mode) -> Path:
     """model_int4-gptq.g64.safetensors beside the source: for people; the loader reads headers."""
     group = f".g{mode.groupsize}" if mode.groupsize else ""
     return source.directory / f"model_{mode}{group}.safetensors"
-
-
-def list_modes() -> str:
-    """The table of formats and algorithms, for --list."""
-    lines = ["format     bits per weight (4096 columns)   scales"]
-    for name, cls in FORMATS.items():
-        with torch.device("meta"):
-            module = cls(4096, 4096)
-        bits = module.weight_bytes() * 8 / 4096**2
-        group = cls.default_groupsize
-        what = f"per group, --groupsize 32 64 128 256, default {group}" if group else "per row"
-        lines.append(f"{name:<10} {bits:<32.3f} {what}")
-    lines += ["", "algorithm  needs             what it does"]
-    for name, algorithm in ALGORITHMS.items():
-        needs = "calibration text" if algorithm.calibrated else "-"
-        lines.append(f"{name or '(none)':<10} {needs:<17} {algorithm.summary}")
-    lines += ["", "modes: " + " ".join(mode_names())]
-    return "\n".join(lines)
 
 
 def parse_args() -> argparse.Namespace:
@@ -308,6 +273,9 @@ def parse_args() -> argparse.Namespace:
     add("--calibration_samples", type=int, default=24)
     add("--calibration_seq_length", type=int, default=1024)
     add("--percdamp", type=float, default=0.25, help="GPTQ damping, of each diagonal entry")
+    add("--alpha", type=float, help="of SmoothQuant, 0 to 1; default: searched for each layer")
+    add("--min_sqnr", type=float, help="autoquant: signal-to-noise ratio that a layer keeps, in dB")
+    add("--plan", type=Path, help="autoquant: JSON of timings and choices, reused if it exists")
     add("--seed", type=int, default=0, help="of the choice of calibration samples")
     add("--json", type=Path, help="write a report here")
     add("--list", action="store_true", help="print formats, algorithms and modes, and stop")
@@ -366,13 +334,23 @@ def main() -> None:
         raise UserError(f"{source.path} is quantized already: give the source model's directory")
     check_device(args.device)
     output = args.output or default_output(source, mode)
-    stream, how, options = None, {}, {}
-    if mode.algorithm and ALGORITHMS[mode.algorithm].calibrated:
-        options = {"percdamp": args.percdamp}
+    stream, how, modes, head = None, {}, None, head_mode(mode, args.lm_head)
+    algorithm = ALGORITHMS[mode.algorithm]
+    given = {name: getattr(args, name) for name in algorithm.options}
+    options = {name: value for name, value in given.items() if value is not None}
+    if mode.format in AUTOQUANT:
+        names = linear_names(source.config)[: None if head == mode else -1]
+        plan = read_or_make_plan(
+            args.plan, source, names, list(AUTOQUANT[mode.format]), args.device, args.min_sqnr,
+            args.seed, lambda text: progress(f"{text}, {time.perf_counter() - begin:.0f} s"),
+        )  # fmt: skip
+        modes = plan.modes()
+        if head.format in FORMATS:
+            modes["output"] = head
+        how = {"name": "autoquant", "min_sqnr": args.min_sqnr}
+    elif algorithm.calibrated:
         stream, how = calibrate(source, args)
-    job = CheckpointQuantizer(
-        source, mode, head_mode(mode, args.lm_head), output, args.device, stream, options, how
-    )
+    job = CheckpointQuantizer(source, mode, head, output, args.device, stream, options, how, modes)
     layers = job.run(lambda text: progress(f"{text}, {time.perf_counter() - begin:.0f} s"))
     seconds = time.perf_counter() - begin
     size = sum(d.itemsize * torch.Size(s).numel() for d, s in job.specs.values())

@@ -108,7 +108,7 @@ class CodedLinear(QuantizedLinear):
             slice(i, min(i + step, self.out_features)) for i in range(0, self.out_features, step)
         ]
 
-    def dequantize(self) -> Tensor:
+    def stored_weight(self) -> Tensor:
         return torch.cat([self.dequantize_rows(rows) for rows in self.panels()])
 
     def repack(self) -> None:
@@ -128,7 +128,7 @@ class CodedLinear(QuantizedLinear):
             zeros = unpack(self.zeros, self.bits, self.scales.shape[1])
             self.tile_zeros = interleave_rows(zeros, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         return self.reference(x) if self.tiles is None else self.product(x, self.bias)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -82,6 +82,9 @@ class Float8DynamicRowLinear(Float8Linear):
         super().__init__(in_features, out_features, bias, dtype, device)
         self.scales = self.scales.float()
 
+    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return float8(x, self.per_token)
+
     def has_scaled_mm(self) -> bool:
         """Whether this device multiplies float8 matrices of this shape."""
         if self.weight is None or self.weight.device.type != "cuda":
@@ -90,8 +93,8 @@ class Float8DynamicRowLinear(Float8Linear):
         whole = self.in_features % 16 == 0 and self.out_features % 16 == 0
         return whole and torch.cuda.get_device_capability(self.weight.device) >= needed
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, scale = float8(x, self.per_token)
+    def multiply(self, x: Tensor) -> Tensor:
+        q, scale = self.quantize_input(x)
         if self.has_scaled_mm():
             return self.scaled_mm(q, scale, x.dtype)
         if self.tiles is None:

@@ -20,6 +20,8 @@ from kernels.packing import pack, packed_size, unpack
 class Int4Grid(Grid):
     """16 levels, evenly spaced in each group; params: scales, zeros [N, G], bf16 values in fp32."""
 
+    free_zero = True
+
     def fit(self, w: Tensor, shrink: float = 1.0) -> Params:
         scale, zero = affine.choose_qparams(
             w, (1, self.groupsize), 0, 15, symmetric=False, zero_domain="float",
@@ -33,6 +35,9 @@ class Int4Grid(Grid):
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         return (codes.float() - 8) * params["scales"] + params["zeros"]
+
+    def shift(self, params: Params, offset: Tensor) -> Params:
+        return {**params, "zeros": (params["zeros"] + offset).to(torch.bfloat16).float()}
 
     def refit(self, codes: Tensor, target: Tensor, h: Tensor) -> Params:
         """Two unknowns a row, s and z: the normal equations of q s + z in the metric of H."""
@@ -80,7 +85,7 @@ class Int4Linear(QuantizedLinear):
         self.scales = params["scales"].to(torch.bfloat16)
         self.zeros = params["zeros"].to(torch.bfloat16)
 
-    def dequantize(self) -> Tensor:
+    def stored_weight(self) -> Tensor:
         codes = unpack(self.weight, 4, self.in_features)
         scale, zero = (
             affine.block_expand(p.float(), (1, self.groupsize), codes.shape)
@@ -95,10 +100,10 @@ class Int4Linear(QuantizedLinear):
             )
             self.weight = self.scales = self.zeros = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         if self.tiles is not None:
             return torch.ops.flatllama.int4_linear(
                 x, self.tiles, self.bias, self.out_features, self.in_features,
                 self.groupsize, native.exact_activations(),
             )  # fmt: skip
-        return super().forward(x)
+        return super().multiply(x)

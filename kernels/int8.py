@@ -52,14 +52,14 @@ class Int8Linear(QuantizedLinear):
     def pack(self, codes: Tensor, params: Params) -> None:
         self.weight, self.scales = codes.to(torch.int8), params["scales"][:, 0].to(self.dtype)
 
-    def dequantize(self) -> Tensor:
+    def stored_weight(self) -> Tensor:
         return self.weight.float() * self.scales.float()[:, None]
 
     def repack(self) -> None:
         if self.weight is not None and self.weight.device.type == "cpu" and native.load():
             self.tiles, self.weight = torch.ops.flatllama.int8_repack(self.weight), None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         if self.tiles is not None:
             return torch.ops.flatllama.int8_linear(
                 x, self.tiles, self.scales, self.bias, self.out_features, self.in_features,

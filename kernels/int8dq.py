@@ -18,8 +18,9 @@ class Int8DynamicLinear(Int8Linear):
     """Buffers as Int8Linear: weight int8 [N, K], scales [N] in the model's dtype."""
 
     name = "int8dq"
+    quantize_input = staticmethod(int8_symmetric)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         if self.tiles is not None:
             return torch.ops.flatllama.int8dq_linear(
                 x, self.tiles, self.scales, self.bias, self.out_features, self.in_features

@@ -49,6 +49,7 @@ class Int8DynamicInt4Linear(CodedLinear):
     name, bits = "int8dq-int4", 4
     default_groupsize = 128
     activations = ASYMMETRIC
+    quantize_input = staticmethod(int8_asymmetric)
 
     def grid(self) -> SymmetricGrid:
         return SymmetricGrid(self.bits, self.groupsize)

@@ -8,7 +8,7 @@ the same on every device; `repack()` turns them, once, into the layout that this
 reads. The plain `Linear` of bf16, fp16 and fp32 weights is here too: the base line.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ class Grid:
     """
 
     prune_block = 1  # columns of which only some may be nonzero; 1: no sparsity pattern
+    free_zero = False  # whether `shift` works: each group has a zero point of its own
+    # x -> (codes, scale): what the format's product does to its inputs; None: nothing
+    quantize_input: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
     def __init__(self, groupsize: int):
         if groupsize < 1:
@@ -70,6 +73,16 @@ class Grid:
         """
         return torch.ones_like(importance, dtype=torch.bool)
 
+    def shift(self, params: Params, offset: Tensor) -> Params:
+        """The params of the grid moved by `offset` (per group, in units of the weight), or as near
+        to that as the format can store."""
+        raise NotImplementedError
+
+    def step(self, params: Params) -> Tensor:
+        """Distance of neighbouring values of an evenly spaced grid, per group."""
+        code = torch.zeros_like(next(iter(params.values())), dtype=torch.uint8)
+        return self.decode(code + 1, params) - self.decode(code, params)
+
     def columns(self, params: Params, columns: Tensor) -> Params:
         """The parameters of given columns: int64 [C] -> entries [N, C]."""
         groups = columns // self.groupsize
@@ -81,6 +94,11 @@ class Grid:
             w = w * self.keep(w.abs())
         columns = torch.arange(w.shape[1], device=w.device)
         return self.round(w, self.columns(params, columns))
+
+    def decode_all(self, codes: Tensor, params: Params) -> Tensor:
+        """What the codes [N, K] of the whole matrix stand for, fp32."""
+        columns = torch.arange(codes.shape[1], device=codes.device)
+        return self.decode(codes, self.columns(params, columns))
 
 
 class Linear(nn.Linear):
@@ -100,14 +118,19 @@ class QuantizedLinear(nn.Module):
     """Base of the weight formats: y = x dequantize(W)^T + b. [..., K] -> [..., N].
 
     A format sets `name`, registers its canonical buffers in `__init__`, and defines `grid`, `pack`,
-    `dequantize`, and `repack` / `forward` where it has a kernel. After `repack` the canonical
+    `stored_weight`, and `repack` / `multiply` where it has a kernel. After `repack` the canonical
     buffers are gone: the module runs, but no longer saves or dequantizes.
+
+    Any format may have an `input_scale` [K], bf16: x is multiplied by it first, so that the weight
+    is the stored one times input_scale, column by column (AWQ, SmoothQuant).
     """
 
     name: str
     default_groupsize: int | None = None  # None: the format has no group size
     groupsizes: tuple[int, ...] = (32, 64, 128, 256)  # that may be asked for; 0: one per row
     shared: tuple[str, ...] = ()  # buffers that are not one entry per output row
+    # x -> (codes, scale), where the product quantizes its inputs
+    quantize_input: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype, device):
         super().__init__()
@@ -115,17 +138,21 @@ class QuantizedLinear(nn.Module):
         self.register_buffer(
             "bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         )
+        self.register_buffer("input_scale", None)
 
     @classmethod
     def from_codes(
-        cls, codes: Tensor, params: Params, bias: Tensor | None, dtype: torch.dtype, **settings
-    ) -> "QuantizedLinear":
+        cls, codes: Tensor, params: Params, bias: Tensor | None, dtype: torch.dtype,
+        input_scale: Tensor | None = None, **settings,
+    ) -> "QuantizedLinear":  # fmt: skip
         """A module that holds codes [N, K] with the params of this format's grid."""
         n, k = codes.shape
         module = cls(k, n, bias is not None, dtype, codes.device, **settings)
         module.pack(codes, params)
         if bias is not None:
             module.bias = bias.to(dtype)
+        if input_scale is not None:
+            module.input_scale = input_scale.to(torch.bfloat16)
         return module
 
     def settings(self) -> dict:
@@ -137,7 +164,8 @@ class QuantizedLinear(nn.Module):
         return sum(b.numel() * b.element_size() for b in self.buffers())
 
     def extra_repr(self) -> str:
-        rest = ", ".join(f"{k}={v}" for k, v in self.settings().items())
+        scaled = {} if self.input_scale is None else {"input_scale": True}
+        rest = ", ".join(f"{k}={v}" for k, v in {**self.settings(), **scaled}.items())
         return f"in_features={self.in_features}, out_features={self.out_features}, {rest}"
 
     def grid(self) -> Grid:
@@ -148,13 +176,24 @@ class QuantizedLinear(nn.Module):
         """Fill the canonical buffers from codes [N, K] and the grid's params."""
         raise NotImplementedError
 
+    def stored_weight(self) -> Tensor:
+        """What the canonical buffers stand for, [N, K] fp32, without the input scale."""
+        raise NotImplementedError
+
     def dequantize(self) -> Tensor:
         """The weight [N, K] in fp32: the truth that every kernel is tested against."""
-        raise NotImplementedError
+        weight = self.stored_weight()
+        return weight if self.input_scale is None else weight * self.input_scale.float()
 
     def repack(self) -> None:
         """Turn the canonical buffers into the layout of this device's kernel. Idempotent."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.dequantize().to(x.dtype)
+        if self.input_scale is not None:
+            x = (x * self.input_scale).to(x.dtype)
+        return self.multiply(x)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x [..., K], scaled already, times the stored weight, plus the bias: [..., N]."""
+        weight = self.stored_weight().to(x.dtype)
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))

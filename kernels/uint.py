@@ -18,6 +18,8 @@ from kernels.linear import Grid, Params
 class UintGrid(Grid):
     """2^bits integers, shifted by an integer zero and scaled; params: scales, zeros [N, G]."""
 
+    free_zero = True
+
     def __init__(self, bits: int, groupsize: int):
         super().__init__(groupsize)
         self.bits, self.top = bits, 2**bits - 1
@@ -35,6 +37,10 @@ class UintGrid(Grid):
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         return (codes.float() - params["zeros"]) * params["scales"]
+
+    def shift(self, params: Params, offset: Tensor) -> Params:
+        zeros = torch.round(params["zeros"] - offset / params["scales"])
+        return {**params, "zeros": zeros.clamp(0, self.top)}
 
 
 class UintLinear(CodedLinear):

@@ -62,6 +62,7 @@ class W4A8Linear(CodedLinear):
     default_groupsize = 128
     groupsizes = (0, 32, 64, 128, 256)
     activations = SYMMETRIC
+    quantize_input = staticmethod(int8_symmetric)
 
     def __init__(
         self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None,
