@@ -72,6 +72,16 @@ def test_int8_linear(level, m, dtype):
         close(y, rounded(x, 64) @ (q.double() * scales.double()[:, None]).T + bias.double(), dtype)
 
 
+def test_more_rows_than_pass_at_a_time(level):
+    m, n, k = 513, 40, 600  # rows go by 480, columns of a panel by 512
+    x, bias, generator = make(m, n, k, torch.bfloat16)
+    w = torch.randn(n, k, generator=generator).bfloat16()
+    close(ops.float_linear(x, w, bias), x.double() @ w.double().T + bias.double(), x.dtype)
+    q = torch.randint(-128, 128, (n, k), generator=generator, dtype=torch.int8)
+    y = ops.int8_linear(x, ops.int8_repack(q), torch.ones(n), None, n, k, True)
+    close(y, x.double() @ q.double().T, x.dtype)
+
+
 def rounded(x, block):
     """x rounded to int8 in blocks of columns, as the kernels round it. fp64."""
     parts = []

@@ -113,53 +113,60 @@ Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, 
     vscales = v_scale->to(at::kFloat).contiguous();
   }
 
-  // One piece of work: a kv head of a batch over a stretch of slots, with all its query rows.
-  const int64_t rows = heads * T, pairs = B * Hkv, threads = at::get_num_threads();
-  int64_t splits = pairs >= 4 * threads ? 1 : (4 * threads + pairs - 1) / pairs;
-  splits = std::max<int64_t>(1, std::min(splits, most / (4 * kAttentionBlock)));
+  // A piece of work: a kv head of a batch, a chunk of tokens, a stretch of slots. Few tokens are
+  // split over the cache, to have work for all threads; many are split among themselves.
+  const int64_t chunk = std::min<int64_t>(T, 64), chunks = (T + chunk - 1) / chunk;
+  const int64_t pairs = B * Hkv, threads = at::get_num_threads(), rows = heads * chunk;
+  int64_t splits = chunks > 1 ? 1 : (4 * threads + pairs - 1) / pairs;
+  splits = std::max<int64_t>(1, std::min(splits, most / (2 * kAttentionBlock)));
   const int64_t stretch =
       (most + splits * kAttentionBlock - 1) / (splits * kAttentionBlock) * kAttentionBlock;
-  const int64_t scratch_size = 2 * kAttentionBlock * D;
-  Scratch scratch(Scratch::round_up(B * H * T * D * 4) +
-                  Scratch::round_up(pairs * splits * rows * (D + 2) * 4) +
-                  Scratch::round_up(threads * scratch_size * 4) + Scratch::round_up(B * rows * 8));
-  float* wide = scratch.take<float>(B * H * T * D);
-  float* parts = scratch.take<float>(pairs * splits * rows * (D + 2));
-  float* blocks = scratch.take<float>(threads * scratch_size);
-  int64_t* limit = scratch.take<int64_t>(B * rows);
-
-  Tensor queries = q.contiguous();
-  kernels().widen_rows(queries.const_data_ptr(), type_of(q), 1, B * H * T * D, B * H * T * D, false,
-                       wide);
+  const int64_t part_size = rows * (padded(D) + 2), own_size = attention_scratch(D) + rows * D;
+  Scratch scratch(Scratch::round_up(pairs * chunks * splits * part_size * 4) +
+                  Scratch::round_up(threads * own_size * 4));
+  float* parts = scratch.take<float>(pairs * chunks * splits * part_size);
+  float* own = scratch.take<float>(threads * own_size);
+  const Tensor queries = q.contiguous();
+  const auto* from = static_cast<const char*>(queries.const_data_ptr());
+  const Type type = type_of(q);
   const float scale = softmax_scale ? float(*softmax_scale) : 1.0f / std::sqrt(float(D));
-  for (int64_t i = 0; i < B * H * T * D; i++) wide[i] *= scale;
-  for (int64_t b = 0; b < B; b++)
-    for (int64_t r = 0; r < rows; r++) limit[b * rows + r] = first[b] + r % T + 1;
 
-  at::parallel_for(0, pairs * splits, 1, [&](int64_t i, int64_t j) {
-    for (; i < j; i++) {
-      const int64_t pair = i / splits, b = pair / Hkv, h = pair % Hkv, split = i % splits;
-      float* part = parts + i * rows * (D + 2);
+  at::parallel_for(0, pairs * chunks * splits, 1, [&](int64_t i, int64_t last) {
+    float* wide = own + at::get_thread_num() * own_size;
+    for (; i < last; i++) {
+      const int64_t pair = i / splits / chunks, b = pair / Hkv, h = pair % Hkv, split = i % splits;
+      int64_t c = i / splits % chunks;
+      c = c % 2 ? chunks - 1 - c / 2 : c / 2;  // late tokens cost most: pair them with early ones
       Attention a{};
-      a.q = wide + pair * rows * D;
+      a.tokens = std::min(chunk, T - c * chunk);
+      a.rows = heads * a.tokens;
+      a.first = first[b] + c * chunk;
+      for (int64_t g = 0; g < heads; g++)
+        kernels().widen_rows(from + ((pair * heads + g) * T + c * chunk) * D * q.element_size(), type,
+                             1, a.tokens * D, a.tokens * D, false, wide + g * a.tokens * D);
+      for (int64_t j = 0; j < a.rows * D; j++) wide[j] *= scale;
+      a.q = wide;
       a.k = slot_zero(k_cache, b, h);
       a.v = slot_zero(v_cache, b, h);
       a.k_scale = int8 ? kscales.const_data_ptr<float>() + pair * S : nullptr;
       a.v_scale = int8 ? vscales.const_data_ptr<float>() + pair * S : nullptr;
-      a.limit = limit + b * rows;
-      a.rows = rows;
       a.d = D;
       a.k_stride = k_cache.stride(2);
       a.v_stride = v_cache.stride(2);
-      a.type = type_of(q);
-      a.out = part;
-      a.max = part + rows * D;
-      a.sum = a.max + rows;
-      a.scratch = blocks + at::get_thread_num() * scratch_size;
-      kernels().attend(a, split * stretch, std::min((split + 1) * stretch, first[b] + T));
+      a.type = type;
+      a.out = parts + i * part_size;
+      a.max = a.out + a.rows * padded(D);
+      a.sum = a.max + a.rows;
+      a.scratch = wide + rows * D;
+      kernels().attend(a, split * stretch, std::min((split + 1) * stretch, a.first + a.tokens));
+      for (int64_t r = 0; splits == 1 && r < a.rows; r++)
+        kernels().merge(a.out, 1, part_size, a.rows, r, D, type, out.mutable_data_ptr(),
+                        ((pair * heads + r / a.tokens) * T + c * chunk + r % a.tokens) * D);
     }
   });
-  kernels().merge(parts, pairs, splits, rows, D, type_of(q), out.mutable_data_ptr());
+  for (int64_t r = 0; splits > 1 && r < pairs * rows; r++)
+    kernels().merge(parts + r / rows * splits * part_size, splits, part_size, rows, r % rows, D, type,
+                    out.mutable_data_ptr(), r * D);
   return out;
 }
 

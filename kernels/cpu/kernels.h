@@ -30,17 +30,23 @@ struct Quantized {
   bool per_token;     // true: s = max(amax / 127, 1e-5); false: s = amax / 127 per block
 };
 
-// Attention of one (batch, kv head) over slots [begin, end) of the cache.
+// Attention of `tokens` new tokens and all heads of one (batch, kv head) over a stretch of slots.
+// Row r is token r % tokens of head r / tokens; token t sees the slots up to first + t.
 struct Attention {
-  const float* q;              // [rows, d] fp32, times the softmax scale
-  const void *k, *v;           // slot s at k + s * k_stride elements
+  const float* q;  // [rows, d] fp32, times the softmax scale
+  const void *k, *v;  // slot s at k + s * k_stride elements
   const float *k_scale, *v_scale;  // [slots] for an int8 cache, else null
-  const int64_t* limit;        // [rows] first slot that the row does not see
-  int64_t rows, d, k_stride, v_stride;
-  Type type;                   // of k and v, unless scales are given: then int8
-  float *out, *max, *sum;      // [rows, d] weighted values, [rows] running max and sum
-  float* scratch;              // 2 kAttentionBlock d floats
+  int64_t rows, tokens, first, d, k_stride, v_stride;
+  Type type;  // of k and v, unless scales are given: then int8
+  float *out, *max, *sum;  // [rows, padded(d)] weighted values, [rows] running max and sum
+  float* scratch;  // attention_scratch(d) floats
 };
+
+constexpr int kAttentionBlock = 64;  // cache slots that attend() takes at a time
+constexpr int64_t padded(int64_t d) { return (d + 31) / 32 * 32; }
+constexpr int64_t attention_scratch(int64_t d) {
+  return kAttentionBlock * (d + padded(d) + kAttentionBlock);
+}
 
 // A product with an n-bit weight: w = (value of the code - zero) * scale; see coded.cpp.
 // Of `a`, x (padded to 32 columns), group_sum and, if x is quantized, xs [m] are used.
@@ -78,11 +84,11 @@ struct Kernels {
   // fp32 weights, column k of row r of tile t at out[k * stride + 16 (t - tile0) + r]
   void (*coded_widen)(const Coded&, int64_t tile0, int64_t tile1, int64_t stride, float* out);
   void (*attend)(const Attention&, int64_t begin, int64_t end);
-  // parts [pairs, splits, rows (d + 2)] of attend() -> y [pairs, rows, d]
-  void (*merge)(const float* parts, int64_t pairs, int64_t splits, int64_t rows, int64_t d, Type,
-                void* y);
+  // Row r of `splits` parts of attend(), `stride` floats apart and starting with out [rows, padded],
+  // max, sum -> y [d] at index `at`
+  void (*merge)(const float* parts, int64_t splits, int64_t stride, int64_t rows, int64_t r,
+                int64_t d, Type, void* y, int64_t at);
   float (*read_sum)(const void* p, int64_t bytes);
 };
 
 constexpr int kPanelWidth = 32, kPanelDepth = 512;
-constexpr int kAttentionBlock = 32;  // cache slots that attend() takes at a time

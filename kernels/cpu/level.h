@@ -18,8 +18,8 @@ void round_rows(float* x, int64_t m, int64_t k, int64_t kpad, int mode, float* s
 void coded_tiles(const Coded&, int64_t tile0, int64_t tile1);
 void coded_widen(const Coded&, int64_t tile0, int64_t tile1, int64_t stride, float* out);
 void attend(const Attention&, int64_t begin, int64_t end);
-void merge(const float* parts, int64_t pairs, int64_t splits, int64_t rows, int64_t d, Type,
-           void* y);
+void merge(const float* parts, int64_t splits, int64_t stride, int64_t rows, int64_t r, int64_t d,
+           Type, void* y, int64_t at);
 float read_sum(const void*, int64_t bytes);
 
 constexpr int kTiles = kLanes == 16 ? 2 : 1;  // tiles and rows of x whose sums fit the registers

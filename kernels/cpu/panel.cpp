@@ -4,39 +4,11 @@
 // W is widened to fp32 panels of 32 outputs and kDepth columns, transposed so that one vector
 // holds one column of 16 outputs (tiles lie like that already). Panels stay in the L2 cache
 // while all rows of x pass, 12 at a time, with the 24 sums in registers.
-#include "level.h"
+#include "multiply.h"
 
 namespace CPU_LEVEL {
 
 constexpr int kWidth = kPanelWidth, kDepth = kPanelDepth;
-constexpr int kPass = 2 * kLanes;  // outputs at a time
-
-INLINE void transpose(vf (&rows)[kLanes]) {
-#if defined(__clang__)
-  float square[kLanes][kLanes];
-  memcpy(square, rows, sizeof square);
-  for (int i = 0; i < kLanes; i++)
-    for (int j = 0; j < kLanes; j++) rows[j][i] = square[i][j];
-#else
-  UNROLL
-  for (int h = 1; h < kLanes; h *= 2) {  // swap the off-diagonal blocks of h x h
-    vi low, high;
-    UNROLL
-    for (int l = 0; l < kLanes; l++) {
-      low[l] = l & h ? l - h + kLanes : l;
-      high[l] = l & h ? l + kLanes : l + h;
-    }
-    UNROLL
-    for (int i = 0; i < kLanes; i++)
-      if (!(i & h)) {
-        vf a = rows[i], b = rows[i + h];
-        rows[i] = __builtin_shuffle(a, b, low);
-        rows[i + h] = __builtin_shuffle(a, b, high);
-      }
-  }
-#endif
-}
-
 // Columns k0 .. k1 of 16 rows of a row-major weight, transposed; rows past n are zeros.
 static void float_panel(const Linear& a, int64_t tile, int64_t k0, int64_t k1, float* out) {
   for (int r0 = 0; r0 < 16; r0 += kLanes) {
@@ -57,29 +29,6 @@ static void float_panel(const Linear& a, int64_t tile, int64_t k0, int64_t k1, f
   }
 }
 
-// sums [R, kWidth] += x [R, depth] panel [depth, kWidth], kPass outputs of it.
-template <int R>
-INLINE void multiply(const float* x, int64_t stride, const float* panel, int64_t depth, float* out) {
-  vf sums[R][2];
-  UNROLL
-  for (int r = 0; r < R; r++)
-    UNROLL
-    for (int v = 0; v < 2; v++) sums[r][v] = load<vf>(out + r * kWidth + v * kLanes);
-  for (int64_t k = 0; k < depth; k++) {
-    vf w[2] = {load<vf>(panel + k * kWidth), load<vf>(panel + k * kWidth + kLanes)};
-    UNROLL
-    for (int r = 0; r < R; r++) {
-      vf one = splat(x[r * stride + k]);
-      UNROLL
-      for (int v = 0; v < 2; v++) sums[r][v] += w[v] * one;
-    }
-  }
-  UNROLL
-  for (int r = 0; r < R; r++)
-    UNROLL
-    for (int v = 0; v < 2; v++) store(out + r * kWidth + v * kLanes, sums[r][v]);
-}
-
 void panels(const Linear& a, Format format, int64_t p0, int64_t p1, float* scratch) {
   float* panel = scratch;
   float* sums = scratch + kDepth * kWidth;
@@ -90,11 +39,7 @@ void panels(const Linear& a, Format format, int64_t p0, int64_t p1, float* scrat
       const int64_t k1 = min(k0 + kDepth, a.kpad);
       for (int t = 0; t < 2; t++)
         if ((p * 2 + t) * 16 < a.n) widen(a, p * 2 + t, k0, k1, panel + t * 16);
-      for (int pass = 0; pass < kWidth; pass += kPass)
-        each_row<kLanes == 16 ? 12 : 6, 1>(0, 0, a.m, [&](auto rows, auto, int64_t, int64_t m) {
-          multiply<rows.value>(a.x + m * a.kpad + k0, a.kpad, panel + pass, k1 - k0,
-                               sums + m * kWidth + pass);
-        });
+      multiply_all(a.m, kWidth, a.x + k0, a.kpad, panel, kWidth, k1 - k0, sums, kWidth);
     }
     for (int64_t m = 0; m < a.m; m++)
       for (int64_t t = 0; t < 2; t++)

@@ -1,0 +1,81 @@
+// The fp32 product that everything with many rows comes down to, and the transposition it needs.
+#pragma once
+#include "level.h"
+
+namespace CPU_LEVEL {
+
+constexpr int kPass = 2 * kLanes;                   // outputs of a pass
+constexpr int kPassRows = kLanes == 16 ? 12 : 6;    // rows whose sums fit the registers
+
+// out [R, kPass] += x [R, depth] panel [depth, kPass]; each with its row stride.
+template <int R>
+INLINE void multiply(const float* x, int64_t x_stride, const float* panel, int64_t panel_stride,
+                     int64_t depth, float* out, int64_t out_stride) {
+  vf sums[R][2];
+  UNROLL
+  for (int r = 0; r < R; r++)
+    UNROLL
+    for (int v = 0; v < 2; v++) sums[r][v] = load<vf>(out + r * out_stride + v * kLanes);
+  for (int64_t k = 0; k < depth; k++, panel += panel_stride) {
+    vf w[2] = {load<vf>(panel), load<vf>(panel + kLanes)};
+    UNROLL
+    for (int r = 0; r < R; r++) {
+      vf one = splat(x[r * x_stride + k]);
+      UNROLL
+      for (int v = 0; v < 2; v++) sums[r][v] += w[v] * one;
+    }
+  }
+  UNROLL
+  for (int r = 0; r < R; r++)
+    UNROLL
+    for (int v = 0; v < 2; v++) store(out + r * out_stride + v * kLanes, sums[r][v]);
+}
+
+// out [m, width] += x [m, depth] panel [depth, width]; width: a multiple of kPass.
+INLINE void multiply_all(int64_t m, int64_t width, const float* x, int64_t x_stride,
+                         const float* panel, int64_t panel_stride, int64_t depth, float* out,
+                         int64_t out_stride) {
+  for (int64_t c = 0; c < width; c += kPass)
+    each_row<kPassRows, 1>(0, 0, m, [&](auto rows, auto, int64_t, int64_t r) {
+      multiply<rows.value>(x + r * x_stride, x_stride, panel + c, panel_stride, depth,
+                           out + r * out_stride + c, out_stride);
+    });
+}
+
+// Which lanes of two rows change places so that their off-diagonal blocks of h x h are swapped.
+struct Swap {
+  alignas(64) int32_t low[4][kLanes] = {}, high[4][kLanes] = {};
+  constexpr Swap() {
+    for (int level = 0, h = 1; h < kLanes; level++, h *= 2)
+      for (int l = 0; l < kLanes; l++) {
+        low[level][l] = l & h ? l - h + kLanes : l;
+        high[level][l] = l & h ? l + kLanes : l + h;
+      }
+  }
+};
+static constexpr Swap kSwap;
+
+template <int level = 0>
+INLINE void transpose(vf (&rows)[kLanes]) {
+  constexpr int h = 1 << level;
+  if constexpr (h < kLanes) {
+#if defined(__clang__)
+    float square[kLanes][kLanes];
+    memcpy(square, rows, sizeof square);
+    for (int i = 0; i < kLanes; i++)
+      for (int j = 0; j < kLanes; j++) rows[j][i] = square[i][j];
+#else
+    const vi low = load<vi>(kSwap.low[level]), high = load<vi>(kSwap.high[level]);
+    UNROLL
+    for (int i = 0; i < kLanes; i++)
+      if (!(i & h)) {
+        vf a = rows[i], b = rows[i + h];
+        rows[i] = __builtin_shuffle(a, b, low);
+        rows[i + h] = __builtin_shuffle(a, b, high);
+      }
+    transpose<level + 1>(rows);
+#endif
+  }
+}
+
+}  // namespace CPU_LEVEL
