@@ -5,11 +5,12 @@
 
 namespace {
 
-// Whether oneDNN has a product for many rows that beats ours: for bf16 and fp16 it takes
+// Whether ATen's product for many rows beats ours: fp32 always (MKL), bf16 and fp16 only with
 // instructions of their own.
 bool fast_in_aten(at::ScalarType type) {
 #if defined(__x86_64__)
-  return (type == at::kBFloat16 && __builtin_cpu_supports("avx512bf16")) ||
+  return type == at::kFloat ||
+         (type == at::kBFloat16 && __builtin_cpu_supports("avx512bf16")) ||
          (type == at::kHalf && __builtin_cpu_supports("avx512fp16"));
 #else
   return true;
