@@ -17,7 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from errors import UserError
-from kernels import FORMATS, QuantizedLinear
+from huggingface import config_from_hf, hf_names
+from kernels.formats import FORMATS
+from kernels.linear import QuantizedLinear
 from model import ModelConfig, Transformer
 from scripts.download import ensure_default_model
 
@@ -30,63 +32,6 @@ DTYPES = {
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-# Our fused weights and the Hugging Face tensors whose rows they stack.
-HF_BLOCK = {
-    "attention_norm": ["input_layernorm"],
-    "attention.wqkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "attention.wo": ["self_attn.o_proj"],
-    "ffn_norm": ["post_attention_layernorm"],
-    "feed_forward.w13": ["mlp.gate_proj", "mlp.up_proj"],
-    "feed_forward.w2": ["mlp.down_proj"],
-}
-HF_TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-
-
-def hf_names(name: str) -> list[str]:
-    """Hugging Face names of the tensors stacked in ours: layers.0.attention.wqkv.weight -> 3."""
-    module, _, kind = name.rpartition(".")
-    if module in HF_TOP:
-        return [f"{HF_TOP[module]}.{kind}"]
-    _, index, part = module.split(".", 2)
-    return [f"model.layers.{index}.{hf}.{kind}" for hf in HF_BLOCK[part]]
-
-
-def config_from_hf(hf: dict) -> ModelConfig:
-    """ModelConfig from the contents of a Hugging Face config.json."""
-    family = hf.get("model_type")
-    if family not in ("llama", "mistral", "qwen2"):
-        raise UserError(f"model_type {family!r} in config.json: only llama, mistral and qwen2 work")
-    if hf.get("sliding_window") and hf.get("use_sliding_window", family == "mistral"):
-        raise UserError("config.json asks for sliding-window attention, which is not supported")
-    if hf.get("hidden_act", "silu") != "silu":
-        raise UserError(f"hidden_act {hf['hidden_act']!r} in config.json: only silu is supported")
-    rope = hf.get("rope_parameters") or {}
-    scaling = hf.get("rope_scaling") or (rope if rope.get("rope_type") else None)
-    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise UserError(f"rope scaling {kind!r} in config.json: only llama3 is supported")
-    heads = hf["num_attention_heads"]
-    return ModelConfig(
-        dim=hf["hidden_size"],
-        n_layers=hf["num_hidden_layers"],
-        n_heads=heads,
-        n_kv_heads=hf.get("num_key_value_heads") or heads,
-        ffn_dim=hf["intermediate_size"],
-        vocab_size=hf["vocab_size"],
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta", 10000.0)),
-        rope_scaling=None if kind == "default" else (
-            scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"],
-            scaling["original_max_position_embeddings"],
-        ),
-        max_positions=hf.get("max_position_embeddings", 2048),
-        tied_head=hf.get("tie_word_embeddings", False),
-        attention_bias=family == "qwen2" or hf.get("attention_bias", False),
-        output_bias=family != "qwen2" and hf.get("attention_bias", False),
-        ffn_bias=hf.get("mlp_bias", False),
-    )  # fmt: skip
 
 
 def read_json(path: Path) -> dict:

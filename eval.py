@@ -28,10 +28,10 @@ from calibration import BUNDLED
 from checkpoint import load_model, open_checkpoint
 from engine import configure_compiler
 from errors import UserError, cli, progress
-from generate import PRECISIONS, add_model_arguments, load
+from generate import PRECISIONS, add_model_arguments, load, open_tokenizer
 from model import Transformer
 from scorer import Scorer
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer
 
 
 @dataclass
@@ -148,20 +148,6 @@ def read_text(path: Path | None) -> str:
         raise UserError(f"cannot read the text {path}: {error}") from None
 
 
-def tokenizer_of(directory: Path, model: Transformer) -> Tokenizer:
-    """The tokenizer beside a checkpoint, checked against the model's vocabulary."""
-    try:
-        tokenizer = load_tokenizer(directory)
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from None
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, the model "
-            f"{model.config.vocab_size}: they do not belong together"
-        )
-    return tokenizer
-
-
 def run_tasks(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace) -> dict:
     """lm_eval's figures {task: {metric: value}}; the table goes to stdout."""
     try:
@@ -227,7 +213,7 @@ def main() -> None:
     if args.reference and args.tasks and not args.text:
         raise UserError("--reference compares on a text: give --text beside --tasks")
     model, mode, directory = load(args)
-    tokenizer = tokenizer_of(directory, model)
+    tokenizer = open_tokenizer(directory, model, required=True)
     if args.compile:
         configure_compiler()
     figures = {"model": str(args.checkpoint_path or directory), "mode": mode}

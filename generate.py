@@ -21,7 +21,8 @@ from kernels import native
 from measure import device_name, peak_memory, read_bandwidth, spread
 from model import CONFIGS
 from modes import FLOAT_MODES, head_mode, parse_mode
-from quantize import quantize_, random_model
+from quantize import quantize_
+from random_weights import random_model
 from tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

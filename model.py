@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import Linear
 from kernels.attention import attention
+from kernels.linear import Linear
 
 
 @dataclass(frozen=True)

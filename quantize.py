@@ -18,9 +18,9 @@ from autoquant import make_plan, read_or_make_plan
 from calibration import CalibrationStream, InputStatistics, calibration_tokens
 from engine import Engine, Sampling
 from errors import UserError, check_device, cli, progress
-from kernels import FORMATS
+from kernels.formats import FORMATS
 from measure import peak_memory
-from model import ModelConfig, RMSNorm, Transformer, TransformerBlock
+from model import ModelConfig, TransformerBlock
 from modes import (
     ALGORITHMS,
     AUTOQUANT,
@@ -103,39 +103,6 @@ def _collect(
     if not all(s.tokens for s in stats.values()):
         raise UserError("a calibrated mode needs `inputs` that reach every linear layer")
     return stats
-
-
-def random_model(
-    config: ModelConfig, mode: Mode | None, device: str, dtype: torch.dtype, seed: int = 0
-) -> Transformer:
-    """A model of true shape with random weights, quantized layer by layer, ready to run."""
-    torch.manual_seed(seed)
-    if mode is not None and mode.format in AUTOQUANT:
-        raise UserError(f"{mode} writes checkpoints only: see quantize.py")
-    if mode is not None and mode.algorithm and ALGORITHMS[mode.algorithm].calibrated:
-        raise UserError(f"random weights cannot be calibrated: take {mode.format!r}")
-    with torch.device("meta"):
-        model = Transformer(config).to(dtype)
-    head = None if mode is None else head_mode(mode, None)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            tied = name == "output" and config.tied_head
-            if tied:
-                weight = model.tok_embeddings.weight
-            else:
-                weight = torch.randn(module.weight.shape, device=device, dtype=dtype) * 0.02
-                weight = nn.Parameter(weight, requires_grad=False)
-            module.weight = weight
-            if getattr(module, "bias", None) is not None:
-                module.bias = nn.Parameter(torch.zeros_like(weight[:, 0]), requires_grad=False)
-        elif isinstance(module, RMSNorm):
-            ones = torch.ones(config.dim, device=device, dtype=dtype)
-            module.weight = nn.Parameter(ones, requires_grad=False)
-        layer_mode = head if name == "output" else mode
-        if isinstance(module, nn.Linear) and layer_mode and layer_mode.format in FORMATS:
-            model.set_submodule(name, quantized := quantize_linear(module, layer_mode))
-            quantized.repack()
-    return model.eval()
 
 
 class CheckpointQuantizer:

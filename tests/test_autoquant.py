@@ -13,7 +13,7 @@ from torch import nn
 from autoquant import Plan, fastest, layer_sqnr, make_plan, record, time_candidates
 from checkpoint import load_model, open_checkpoint
 from errors import UserError
-from kernels import Linear, QuantizedLinear
+from kernels.linear import Linear, QuantizedLinear
 from modes import AUTOQUANT, Mode, head_mode, mode_names, parse_mode
 from quantize import quantize_
 

@@ -9,7 +9,7 @@ from awq import awq, inverse_scale, weight_error
 from calibration import CalibrationStream, InputStatistics
 from checkpoint import load_model, open_checkpoint
 from errors import UserError
-from kernels import FORMATS
+from kernels.formats import FORMATS
 from kernels.int4 import Int4Grid
 from modes import head_mode, make_grid, mode_names, parse_mode, quantize_linear
 from quantize import CheckpointQuantizer, quantize_

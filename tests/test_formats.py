@@ -9,8 +9,9 @@ import checkpoint as ckpt
 from calibration import InputStatistics
 from errors import UserError
 from gptq import gptq
-from kernels import FORMATS, native
+from kernels import native
 from kernels.activations import float8, int8_asymmetric, int8_symmetric
+from kernels.formats import FORMATS
 from kernels.fpx import float_values
 from kernels.packing import packed_size
 from model import ModelConfig

@@ -130,4 +130,4 @@ def test_vocabulary_that_does_not_match(run, tiny, default_model):
 
 def test_empty_prompt(run, default_model):
     code, _, err = run("--checkpoint_path", default_model, "--prompt", "", "--max_new_tokens", 2)
-    assert code == 0 or (code == 2 and "empty prompt" in err)
+    assert code == 0, err  # SmolLM2 has a BOS token to start from

@@ -7,7 +7,7 @@ import torch
 
 from calibration import InputStatistics
 from gptq import damped, fit_clipped, gptq
-from kernels import FORMATS
+from kernels.formats import FORMATS
 from kernels.int4 import Int4Grid
 from kernels.int8 import Int8Grid
 

@@ -12,12 +12,14 @@ from safetensors.torch import save_file
 from tiny import save_tiny
 from torch import nn
 
-from checkpoint import config_from_hf, hf_names, load_model, open_checkpoint
+from checkpoint import load_model, open_checkpoint
 from errors import UserError
-from kernels import FORMATS
+from huggingface import config_from_hf, hf_names
+from kernels.formats import FORMATS
 from model import CONFIGS, Transformer
 from modes import head_mode, mode_names, parse_mode
-from quantize import CheckpointQuantizer, quantize_, quantize_linear, random_model
+from quantize import CheckpointQuantizer, quantize_, quantize_linear
+from random_weights import random_model
 
 ROOT = Path(__file__).parent.parent
 

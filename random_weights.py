@@ -1,0 +1,42 @@
+"""Models of true shape with random weights: speed and memory without any file."""
+
+import torch
+from torch import nn
+
+from errors import UserError
+from kernels.formats import FORMATS
+from model import ModelConfig, RMSNorm, Transformer
+from modes import ALGORITHMS, AUTOQUANT, Mode, head_mode, quantize_linear
+
+
+def random_model(
+    config: ModelConfig, mode: Mode | None, device: str, dtype: torch.dtype, seed: int = 0
+) -> Transformer:
+    """A model of true shape with random weights, quantized layer by layer, ready to run."""
+    torch.manual_seed(seed)
+    if mode is not None and mode.format in AUTOQUANT:
+        raise UserError(f"{mode} writes checkpoints only: see quantize.py")
+    if mode is not None and mode.algorithm and ALGORITHMS[mode.algorithm].calibrated:
+        raise UserError(f"random weights cannot be calibrated: take {mode.format!r}")
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    head = None if mode is None else head_mode(mode, None)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            tied = name == "output" and config.tied_head
+            if tied:
+                weight = model.tok_embeddings.weight
+            else:
+                weight = torch.randn(module.weight.shape, device=device, dtype=dtype) * 0.02
+                weight = nn.Parameter(weight, requires_grad=False)
+            module.weight = weight
+            if getattr(module, "bias", None) is not None:
+                module.bias = nn.Parameter(torch.zeros_like(weight[:, 0]), requires_grad=False)
+        elif isinstance(module, RMSNorm):
+            ones = torch.ones(config.dim, device=device, dtype=dtype)
+            module.weight = nn.Parameter(ones, requires_grad=False)
+        layer_mode = head if name == "output" else mode
+        if isinstance(module, nn.Linear) and layer_mode and layer_mode.format in FORMATS:
+            model.set_submodule(name, quantized := quantize_linear(module, layer_mode))
+            quantized.repack()
+    return model.eval()
