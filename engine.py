@@ -140,6 +140,7 @@ class Engine:
         self.device = model.tok_embeddings.weight.device
         self.slots = cache_length(length)
         model.setup_cache(batch, self.slots, kv_cache)
+        model.fuse()
         self.generator = torch.Generator().manual_seed(seed)
         self.cached: list[int] = []  # the tokens whose keys and values row 0 of the cache holds
         self.decode_step, self.prefill_step = self._decode_step, self._prefill_step

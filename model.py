@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import attention
+from kernels.block import MOST_ROWS, can_fuse, decode_block
 from kernels.linear import Linear
 
 
@@ -221,8 +222,11 @@ class TransformerBlock(nn.Module):
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
+        self.fused = False  # few tokens run as one operator; see `Transformer.fuse`
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, position: Tensor):
+        if self.fused and x.shape[0] * x.shape[1] <= MOST_ROWS:
+            return decode_block(self, x, cos, sin, start)
         x = x + self.attention(self.attention_norm(x), cos, sin, start, position)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -253,6 +257,14 @@ class Transformer(nn.Module):
         angles = torch.outer(torch.arange(length).float(), rope_frequencies(config)).to(device)
         self.register_buffer("rope_cos", angles.cos(), persistent=False)  # [S, D / 2]
         self.register_buffer("rope_sin", angles.sin(), persistent=False)
+
+    def fuse(self) -> None:
+        """From now on run each block on few tokens as one operator, where there is one for it.
+
+        Hooks on the layers inside are then passed over.
+        """
+        for layer in self.layers:
+            layer.fused = can_fuse(layer)
 
     def rope(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of the angles at `position` [B, T]: [B, T, 1, D / 2] each."""

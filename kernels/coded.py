@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import affine, native
-from kernels.linear import Params, QuantizedLinear
+from kernels.linear import NativeForm, Params, QuantizedLinear
 from kernels.packing import pack, packed_size, unpack
 
 # What the product reads: codes, scales, zeros, inner scales (w4a8), positions (2:4), values.
@@ -130,6 +130,18 @@ class CodedLinear(QuantizedLinear):
 
     def multiply(self, x: Tensor) -> Tensor:
         return self.reference(x) if self.tiles is None else self.product(x, self.bias)
+
+    def native_form(self) -> NativeForm | None:
+        if self.tiles is None:
+            return None
+        tensors = [
+            self.tiles, self.bias, self.input_scale, self.tile_scales, self.tile_zeros,
+            self.tile_group_scales, self.tile_positions, self.lookup,
+        ]  # fmt: skip
+        shape = [self.out_features, self.in_features]
+        return tensors, [
+            4, *shape, self.bits, self.groupsize, self.exponent_bits, self.activations,
+        ]  # fmt: skip
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product of the tiles."""

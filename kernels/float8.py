@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.activations import float8
 from kernels.fpx import FloatGrid, FloatLinear
-from kernels.linear import Params
+from kernels.linear import NativeForm, Params
 
 MAX_CODE = 0x7E  # 448; 0x7f is NaN
 
@@ -92,6 +92,9 @@ class Float8DynamicRowLinear(Float8Linear):
         needed = (9, 0) if self.per_token else (8, 9)
         whole = self.in_features % 16 == 0 and self.out_features % 16 == 0
         return whole and torch.cuda.get_device_capability(self.weight.device) >= needed
+
+    def native_form(self) -> NativeForm | None:
+        return None  # its inputs are rounded to e4m3, in Python
 
     def multiply(self, x: Tensor) -> Tensor:
         q, scale = self.quantize_input(x)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import affine, native
-from kernels.linear import Grid, Params, QuantizedLinear
+from kernels.linear import Grid, NativeForm, Params, QuantizedLinear
 from kernels.packing import pack, packed_size, unpack
 
 
@@ -99,6 +99,14 @@ class Int4Linear(QuantizedLinear):
                 self.weight, self.scales, self.zeros, self.in_features, self.groupsize
             )
             self.weight = self.scales = self.zeros = None
+
+    def native_form(self) -> NativeForm | None:
+        if self.tiles is None:
+            return None
+        numbers = [3, self.out_features, self.in_features, self.groupsize]
+        return [self.tiles, self.bias, self.input_scale], [
+            *numbers, int(native.exact_activations()),
+        ]  # fmt: skip
 
     def multiply(self, x: Tensor) -> Tensor:
         if self.tiles is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import affine, native
-from kernels.linear import Grid, Params, QuantizedLinear
+from kernels.linear import Grid, NativeForm, Params, QuantizedLinear
 
 
 class Int8Grid(Grid):
@@ -58,6 +58,13 @@ class Int8Linear(QuantizedLinear):
     def repack(self) -> None:
         if self.weight is not None and self.weight.device.type == "cpu" and native.load():
             self.tiles, self.weight = torch.ops.flatllama.int8_repack(self.weight), None
+
+    def native_form(self) -> NativeForm | None:
+        if self.tiles is None:
+            return None
+        tensors = [self.tiles, self.bias, self.input_scale, self.scales]
+        shape = [self.out_features, self.in_features]
+        return tensors, [1, *shape, int(native.exact_activations())]
 
     def multiply(self, x: Tensor) -> Tensor:
         if self.tiles is not None:

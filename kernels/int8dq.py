@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.activations import int8_matmul, int8_symmetric
 from kernels.int8 import Int8Linear
+from kernels.linear import NativeForm
 
 
 class Int8DynamicLinear(Int8Linear):
@@ -19,6 +20,10 @@ class Int8DynamicLinear(Int8Linear):
 
     name = "int8dq"
     quantize_input = staticmethod(int8_symmetric)
+
+    def native_form(self) -> NativeForm | None:
+        form = super().native_form()
+        return form and (form[0], [2, *form[1][1:3]])
 
     def multiply(self, x: Tensor) -> Tensor:
         if self.tiles is not None:

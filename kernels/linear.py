@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from kernels import native
 
 Params = dict[str, Tensor]
+# A layer as the C++ operators that contain several take it: [weight, bias, input scale, the
+# format's own tensors], [kind, N, K, the format's own numbers]; see cpu/product.h.
+NativeForm = tuple[list[Tensor | None], list[int]]
 
 
 class Grid:
@@ -113,6 +116,10 @@ class Linear(nn.Linear):
             return torch.ops.flatllama.float_linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
+    def native_form(self) -> NativeForm | None:
+        """See `QuantizedLinear.native_form`."""
+        return [self.weight, self.bias, None], [0, self.out_features, self.in_features]
+
 
 class QuantizedLinear(nn.Module):
     """Base of the weight formats: y = x dequantize(W)^T + b. [..., K] -> [..., N].
@@ -187,6 +194,10 @@ class QuantizedLinear(nn.Module):
 
     def repack(self) -> None:
         """Turn the canonical buffers into the layout of this device's kernel. Idempotent."""
+
+    def native_form(self) -> NativeForm | None:
+        """The layer for C++ operators that contain it; None where there are no tiles for them."""
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_scale is not None:

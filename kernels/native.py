@@ -90,7 +90,7 @@ def _jobs(compiler: str, folder: Path) -> list[tuple[list[str], Path]]:
     for source in sorted(SOURCES.glob("*.cpp"), reverse=True):
         variants = [["-O3", *flags, f"-DCPU_LEVEL={level}"] for level, flags in LEVELS.items()]
         for flags in [torch_flags] if source.stem.endswith("_ops") else variants:
-            command = [compiler, *FLAGS, *flags, "-c", str(source)]
+            command = [compiler, *FLAGS, *flags, "-c", source.name]
             key = f"{command} {version.stdout} {torch.__version__}".encode()
             digest = hashlib.sha256(key + headers + source.read_bytes()).hexdigest()[:16]
             jobs.append((command, folder / f"{source.stem}.{digest}.o"))
@@ -129,7 +129,7 @@ def _compile(compiler: str, jobs: list[tuple[list[str], Path]], library: Path) -
 
 def _run(command: list[str], out: Path) -> None:
     partial = f"{out}.{os.getpid()}"
-    done = subprocess.run([*command, "-o", partial], capture_output=True, text=True)
+    done = subprocess.run([*command, "-o", partial], capture_output=True, text=True, cwd=SOURCES)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
     os.replace(partial, out)
@@ -164,6 +164,7 @@ def _register_fakes() -> None:
         ),
         "int4_linear": lambda x, tiles, bias, N, K, groupsize, exact: rows(x, N),
         "coded_linear": lambda x, *rest: rows(x, rest[7]),
+        "decode_block": lambda x, *rest: torch.empty_like(x),
         "attention": lambda q, k_cache, v_cache, start, k_scale=None, v_scale=None, softmax_scale=None: (  # noqa: E501
             q.new_empty(q.shape)
         ),

@@ -10,20 +10,6 @@ namespace CPU_LEVEL {
 
 constexpr int kBlock = kAttentionBlock;
 
-// e^x for x <= 0: 2^n times a polynomial of degree 6 on [-ln2/2, ln2/2]; relative error 2e-7.
-INLINE vf exp(vf x) {
-  x = max(x, splat(-87.0f));
-  vi n = round_to_int(x * 1.44269504f);
-  vf r = x - to_float(n) * 0.693359375f + to_float(n) * 2.12194440e-4f;
-  vf p = r * (1.0f / 720) + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  return p * (vf)((n + 127) << 23);
-}
-
 enum class Kind { fp32, bf16, fp16, int8 };
 
 // kLanes numbers of the cache at p.

@@ -5,7 +5,7 @@
 
 #include <chrono>
 
-#include "ops.h"
+#include "pieces.h"
 
 using at::Tensor;
 using OptTensor = const std::optional<Tensor>&;
@@ -71,11 +71,6 @@ Scratch::Scratch(int64_t bytes) {
 
 namespace {
 
-const void* slot_zero(const Tensor& cache, int64_t b, int64_t h) {
-  return static_cast<const char*>(cache.const_data_ptr()) +
-         (b * cache.stride(0) + h * cache.stride(1)) * cache.element_size();
-}
-
 // q [B, H, T, D], caches [B, Hkv, S, D]; row t of batch b sees slots 0 .. start[b] + t.
 Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& start,
                  OptTensor k_scale, OptTensor v_scale, std::optional<double> softmax_scale) {
@@ -98,75 +93,30 @@ Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, 
   TORCH_CHECK_VALUE((k_cache.stride(3) == 1 && v_cache.stride(3) == 1) || D == 1,
                     "the caches' last dimension must be contiguous");
 
-  Tensor starts = start.contiguous(), kscales, vscales;
-  const int64_t* first = starts.const_data_ptr<int64_t>();
-  int64_t most = 0;
-  for (int64_t b = 0; b < B; b++) {
-    TORCH_CHECK_INDEX(first[b] >= 0 && first[b] + T <= S, "rows ", first[b], " to ", first[b] + T - 1,
-                      " do not fit a cache of ", S, " slots");
-    most = std::max(most, first[b] + T);
-  }
+  Tensor kscales, vscales;
   if (int8) {
     TORCH_CHECK_VALUE(k_scale->numel() == B * Hkv * S && v_scale->numel() == B * Hkv * S,
                       "cache scales must be [B, Hkv, S]");
     kscales = k_scale->to(at::kFloat).contiguous();
     vscales = v_scale->to(at::kFloat).contiguous();
   }
-
-  // A piece of work: a kv head of a batch, a chunk of tokens, a stretch of slots. Few tokens are
-  // split over the cache, to have work for all threads; many are split among themselves.
-  const int64_t chunk = std::min<int64_t>(T, 64), chunks = (T + chunk - 1) / chunk;
-  const int64_t pairs = B * Hkv, threads = at::get_num_threads(), rows = heads * chunk;
-  int64_t splits = chunks > 1 ? 1 : (4 * threads + pairs - 1) / pairs;
-  splits = std::max<int64_t>(1, std::min(splits, most / (2 * kAttentionBlock)));
-  const int64_t stretch =
-      (most + splits * kAttentionBlock - 1) / (splits * kAttentionBlock) * kAttentionBlock;
-  const int64_t part_size = rows * (padded(D) + 2), own_size = attention_scratch(D) + rows * D;
-  Scratch scratch(Scratch::round_up(pairs * chunks * splits * part_size * 4) +
-                  Scratch::round_up(threads * own_size * 4));
-  float* parts = scratch.take<float>(pairs * chunks * splits * part_size);
-  float* own = scratch.take<float>(threads * own_size);
-  const Tensor queries = q.contiguous();
-  const auto* from = static_cast<const char*>(queries.const_data_ptr());
-  const Type type = type_of(q);
-  const float scale = softmax_scale ? float(*softmax_scale) : 1.0f / std::sqrt(float(D));
-
-  at::parallel_for(0, pairs * chunks * splits, 1, [&](int64_t i, int64_t last) {
-    float* wide = own + at::get_thread_num() * own_size;
-    for (; i < last; i++) {
-      const int64_t pair = i / splits / chunks, b = pair / Hkv, h = pair % Hkv, split = i % splits;
-      int64_t c = i / splits % chunks;
-      c = c % 2 ? chunks - 1 - c / 2 : c / 2;  // late tokens cost most: pair them with early ones
-      Attention a{};
-      a.tokens = std::min(chunk, T - c * chunk);
-      a.rows = heads * a.tokens;
-      a.first = first[b] + c * chunk;
-      for (int64_t g = 0; g < heads; g++)
-        kernels().widen_rows(from + ((pair * heads + g) * T + c * chunk) * D * q.element_size(), type,
-                             1, a.tokens * D, a.tokens * D, false, wide + g * a.tokens * D);
-      for (int64_t j = 0; j < a.rows * D; j++) wide[j] *= scale;
-      a.q = wide;
-      a.k = slot_zero(k_cache, b, h);
-      a.v = slot_zero(v_cache, b, h);
-      a.k_scale = int8 ? kscales.const_data_ptr<float>() + pair * S : nullptr;
-      a.v_scale = int8 ? vscales.const_data_ptr<float>() + pair * S : nullptr;
-      a.d = D;
-      a.k_stride = k_cache.stride(2);
-      a.v_stride = v_cache.stride(2);
-      a.type = type;
-      a.out = parts + i * part_size;
-      a.max = a.out + a.rows * padded(D);
-      a.sum = a.max + a.rows;
-      a.scratch = wide + rows * D;
-      kernels().attend(a, split * stretch, std::min((split + 1) * stretch, a.first + a.tokens));
-      for (int64_t r = 0; splits == 1 && r < a.rows; r++)
-        kernels().merge(a.out, 1, part_size, a.rows, r, D, type, out.mutable_data_ptr(),
-                        ((pair * heads + r / a.tokens) * T + c * chunk + r % a.tokens) * D);
-    }
+  const Tensor starts = start.contiguous(), queries = q.contiguous();
+  Pieces p{B, T, H, Hkv, D, S, type_of(q)};
+  p.caches(k_cache, v_cache);
+  p.q = static_cast<const char*>(queries.const_data_ptr());
+  p.k_scale = int8 ? kscales.const_data_ptr<float>() : nullptr;
+  p.v_scale = int8 ? vscales.const_data_ptr<float>() : nullptr;
+  p.first = starts.const_data_ptr<int64_t>();
+  p.y = static_cast<char*>(out.mutable_data_ptr());
+  for (int i = 0; i < 3; i++) p.y_stride[i] = out.stride(i);
+  p.softmax_scale = softmax_scale ? float(*softmax_scale) : 1.0f / std::sqrt(float(D));
+  const int64_t threads = at::get_num_threads();
+  Scratch scratch(p.plan(threads));
+  p.take(scratch, threads);
+  at::parallel_for(0, p.count, 1, [&](int64_t i, int64_t last) {
+    for (; i < last; i++) p.run(i, at::get_thread_num());
   });
-  for (int64_t r = 0; splits > 1 && r < pairs * rows; r++)
-    kernels().merge(parts + r / rows * splits * part_size, splits, part_size, rows, r % rows, D, type,
-                    out.mutable_data_ptr(), r * D);
+  for (int64_t r = 0; r < p.merges(); r++) p.merge(r);
   return out;
 }
 

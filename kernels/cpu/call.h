@@ -11,6 +11,15 @@
 using at::Tensor;
 using OptTensor = const std::optional<Tensor>&;
 
+// The n-bit weight of a product whose k, n and types are set; tensors as the modules repack them.
+Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& scales,
+                     OptTensor zeros, OptTensor group_scales, OptTensor positions,
+                     const Tensor& table, int64_t bits, int64_t group, int64_t exponent_bits);
+// x [m, k] in the form of the n-bit products: fp32 in xw [m, kpad], rounded to integers with scales
+// xs [m] if `activations`, and, if `sums`, its sums over groups [m, groups].
+void read_coded(Linear& a, const void* x, bool sums, int64_t activations, float* xw, float* xs,
+                float* group_sum);
+
 namespace {
 
 constexpr int64_t kFewRows = 16;      // up to here the float paths stream the weight themselves
@@ -18,6 +27,34 @@ constexpr int64_t kPanelRows = 480;   // rows of x, of many, that go through the
 constexpr int64_t kBytesPerThread = 32768;  // less than this is not worth waking a thread for
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+void check_tiles(const Tensor& tiles, int64_t bytes) {
+  check_cpu(tiles, "tiles");
+  TORCH_CHECK_VALUE(tiles.scalar_type() == at::kByte && tiles.is_contiguous() &&
+                        tiles.numel() == bytes,
+                    "tiles must be ", bytes, " contiguous bytes, as the repack operator makes them");
+}
+
+int64_t int8_tile_bytes(int64_t k) { return div_up(k, 4) * 64; }
+
+int64_t int4_tile_bytes(int64_t k, int64_t group) {
+  TORCH_CHECK_VALUE(group >= 8 && group % 8 == 0, "group size ", group, " is not a multiple of 8");
+  return div_up(k, 8) * 64 + div_up(k, group) * 64;
+}
+
+// x [m, k] in the form of the exact products: fp32 [m, kpad], and its sums over groups [groups, m].
+inline void read_wide(Linear& a, const void* x, bool paired, float* wide, float* sums) {
+  kernels().widen_rows(x, a.type, a.m, a.k, a.kpad, paired, wide);
+  a.x = wide;
+  for (int64_t m = 0; m < a.m; m++)
+    for (int64_t g = 0; g < a.groups; g++) {
+      float total = 0;
+      for (int64_t k = g * a.group; k < std::min((g + 1) * a.group, a.kpad); k++)
+        total += wide[m * a.kpad + k];
+      sums[g * a.m + m] = total;
+    }
+  a.group_sum = sums;
+}
 
 // The part of a call that all formats share. Holds x and the bias while the kernels read them.
 struct Call {

@@ -13,6 +13,60 @@ const void* data(OptTensor t, at::ScalarType type, int64_t count, const char* na
   return t->const_data_ptr();
 }
 
+}  // namespace
+
+Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& scales,
+                     OptTensor zeros, OptTensor group_scales, OptTensor positions,
+                     const Tensor& table, int64_t bits, int64_t group, int64_t exponent_bits) {
+  TORCH_CHECK_VALUE(bits >= 1 && bits <= 8 && exponent_bits >= 0 && exponent_bits <= 5 &&
+                        (!exponent_bits || (exponent_bits >= 2 && exponent_bits <= bits - 2)),
+                    "no such format: ", bits, " bits, of them ", exponent_bits, " exponent");
+  TORCH_CHECK_VALUE(group > 0 && (group % 32 == 0 || group >= product.k), "group size ", group,
+                    " is not a multiple of 32");
+  Coded c{product};
+  Linear& a = c.a;
+  a.kpad = div_up(a.k, 32) * 32;
+  a.group = group >= a.k ? std::max<int64_t>(a.kpad, 32) : group;
+  a.groups = div_up(a.kpad, a.group);
+  const int64_t rows = div_up(a.n, 16) * 16, blocks = a.kpad / 32;
+  c.bits = int(bits);
+  c.exponent_bits = int(exponent_bits);
+  c.codes = static_cast<const uint32_t*>(
+      data(tiles, at::kInt, rows * blocks * (positions ? 2 : bits), "tiles"));
+  c.positions = static_cast<const uint32_t*>(data(positions, at::kInt, rows * blocks, "positions"));
+  c.scale_groups = group_scales ? 1 : a.groups;
+  c.scale_type = type_of(scales);
+  c.scales = data(scales, scales.scalar_type(), rows * c.scale_groups, "scales");
+  c.zeros = static_cast<const uint8_t*>(data(zeros, at::kByte, rows * a.groups, "zeros"));
+  c.group_scales =
+      static_cast<const uint16_t*>(data(group_scales, at::kHalf, rows * a.groups, "group_scales"));
+  const auto* values =
+      static_cast<const float*>(data(table, at::kFloat, int64_t(1) << bits, "table"));
+  for (int i = 0; i < 32; i++) c.table[i] = values[i % (1 << bits)];
+  c.integers = true;
+  for (int i = 0; i < 1 << bits; i++) c.integers &= values[i] == values[0] + float(i);
+  TORCH_CHECK_VALUE(c.integers || exponent_bits || bits == 4, "a free table has 16 values");
+  return c;
+}
+
+void read_coded(Linear& a, const void* x, bool sums, int64_t activations, float* xw, float* xs,
+                float* group_sum) {
+  kernels().widen_rows(x, a.type, a.m, a.k, a.kpad, false, xw);
+  if (activations) kernels().round_rows(xw, a.m, a.k, a.kpad, int(activations), xs);
+  for (int64_t i = 0; sums && i < a.m; i++)
+    for (int64_t g = 0; g < a.groups; g++) {
+      float total = 0;
+      const float* row = xw + i * a.kpad;
+      for (int64_t j = g * a.group; j < std::min((g + 1) * a.group, a.kpad); j++) total += row[j];
+      group_sum[i * a.groups + g] = total;
+    }
+  a.x = xw;
+  a.group_sum = group_sum;
+  a.xs = activations ? xs : nullptr;
+}
+
+namespace {
+
 // Few rows of x: stream the codes, each thread its tiles.
 void stream(Call& call, Coded& c) {
   const int64_t bytes = (c.positions ? 3 : c.bits) * c.a.kpad * 2;
@@ -43,56 +97,18 @@ Tensor coded_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, 
                     OptTensor group_scales, OptTensor positions, const Tensor& table,
                     OptTensor bias, int64_t n, int64_t k, int64_t bits, int64_t group,
                     int64_t exponent_bits, int64_t activations) {
-  TORCH_CHECK_VALUE(bits >= 1 && bits <= 8 && exponent_bits >= 0 && exponent_bits <= 5 &&
-                        (!exponent_bits || (exponent_bits >= 2 && exponent_bits <= bits - 2)) &&
-                        activations >= 0 && activations <= 2,
-                    "no such format: ", bits, " bits, of them ", exponent_bits, " exponent");
-  TORCH_CHECK_VALUE(group > 0 && (group % 32 == 0 || group >= k), "group size ", group,
-                    " is not a multiple of 32");
+  TORCH_CHECK_VALUE(activations >= 0 && activations <= 2, "no such activations");
   Call call(x, bias, std::nullopt, n, k);
-  Coded c{};
-  Linear& a = call.a;
-  a.kpad = div_up(k, 32) * 32;
-  a.group = group >= k ? std::max<int64_t>(a.kpad, 32) : group;
-  a.groups = div_up(a.kpad, a.group);
-  const int64_t rows = div_up(n, 16) * 16, blocks = a.kpad / 32;
-  c.bits = int(bits);
-  c.exponent_bits = int(exponent_bits);
-  c.codes = static_cast<const uint32_t*>(
-      data(tiles, at::kInt, rows * blocks * (positions ? 2 : bits), "tiles"));
-  c.positions = static_cast<const uint32_t*>(data(positions, at::kInt, rows * blocks, "positions"));
-  c.scale_groups = group_scales ? 1 : a.groups;
-  c.scale_type = type_of(scales);
-  c.scales = data(scales, scales.scalar_type(), rows * c.scale_groups, "scales");
-  c.zeros = static_cast<const uint8_t*>(data(zeros, at::kByte, rows * a.groups, "zeros"));
-  c.group_scales =
-      static_cast<const uint16_t*>(data(group_scales, at::kHalf, rows * a.groups, "group_scales"));
-  const auto* values =
-      static_cast<const float*>(data(table, at::kFloat, int64_t(1) << bits, "table"));
-  for (int i = 0; i < 32; i++) c.table[i] = values[i % (1 << bits)];
-  c.integers = true;
-  for (int i = 0; i < 1 << bits; i++) c.integers &= values[i] == values[0] + float(i);
-  TORCH_CHECK_VALUE(c.integers || exponent_bits || bits == 4, "a free table has 16 values");
+  Coded c = describe_coded(call.a, tiles, scales, zeros, group_scales, positions, table, bits, group,
+                           exponent_bits);
   if (call.empty()) return call.y;
-
+  Linear& a = call.a = c.a;
   const bool few = a.m <= kFewRows;
   Tensor wide = at::empty({a.m, a.kpad + (activations ? 1 : 0) + (zeros ? a.groups : 0)},
                           x.options().dtype(at::kFloat));
   float* xw = wide.mutable_data_ptr<float>();
   float *xs = xw + a.m * a.kpad, *sums = xs + (activations ? a.m : 0);
-  kernels().widen_rows(call.x.const_data_ptr(), a.type, a.m, k, a.kpad, false, xw);
-  if (activations) kernels().round_rows(xw, a.m, k, a.kpad, int(activations), xs);
-  if (zeros && few)
-    for (int64_t i = 0; i < a.m; i++)
-      for (int64_t g = 0; g < a.groups; g++) {
-        float total = 0;
-        const float* row = xw + i * a.kpad;
-        for (int64_t j = g * a.group; j < std::min((g + 1) * a.group, a.kpad); j++) total += row[j];
-        sums[i * a.groups + g] = total;
-      }
-  a.x = xw;
-  a.group_sum = sums;
-  a.xs = activations ? xs : nullptr;
+  read_coded(a, call.x.const_data_ptr(), zeros && few, activations, xw, xs, sums);
   c.a = a;
   if (few) stream(call, c);
   else through_wide_panels(call, c, at::from_blob(xw, {a.m, a.kpad}, wide.options()));

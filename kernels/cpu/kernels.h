@@ -89,6 +89,18 @@ struct Kernels {
   void (*merge)(const float* parts, int64_t splits, int64_t stride, int64_t rows, int64_t r,
                 int64_t d, Type, void* y, int64_t at);
   float (*read_sum)(const void* p, int64_t bytes);
+  // What lies between the products of a transformer block, on numbers of one type. Every result
+  // is rounded to the type where the model's Python rounds it.
+  // rows of x [m, k] over their root mean square, times weight [k]
+  void (*rms_norm)(const void* x, const void* weight, Type, int64_t m, int64_t k, float eps, void* y);
+  // one head x [d] by angles [d / 2]
+  void (*rotate)(const void* x, Type, const float* cos, const float* sin, int64_t d, void* y);
+  void (*silu_mul)(const void* gate, const void* up, Type, int64_t n, void* y);
+  void (*add)(const void* a, const void* b, Type, int64_t n, void* y);
+  // y = x * scale, bf16
+  void (*multiply_scale)(const void* x, const void* scale, Type, int64_t n, void* y);
+  // x [d] to int8 with s = max(amax / 127, 1e-5), s rounded to `scale_type`; returns s
+  float (*quantize_slot)(const void* x, Type, int64_t d, Type scale_type, int8_t* codes);
 };
 
 constexpr int kPanelWidth = 32, kPanelDepth = 512;

@@ -21,6 +21,12 @@ void attend(const Attention&, int64_t begin, int64_t end);
 void merge(const float* parts, int64_t splits, int64_t stride, int64_t rows, int64_t r, int64_t d,
            Type, void* y, int64_t at);
 float read_sum(const void*, int64_t bytes);
+void rms_norm(const void*, const void* weight, Type, int64_t m, int64_t k, float eps, void*);
+void rotate(const void*, Type, const float* cos, const float* sin, int64_t d, void*);
+void silu_mul(const void* gate, const void* up, Type, int64_t n, void*);
+void add(const void*, const void*, Type, int64_t n, void*);
+void multiply_scale(const void*, const void* scale, Type, int64_t n, void*);
+float quantize_slot(const void*, Type, int64_t d, Type scale_type, int8_t*);
 
 constexpr int kTiles = kLanes == 16 ? 2 : 1;  // tiles and rows of x whose sums fit the registers
 constexpr int kRows = kLanes == 16 ? 6 : 2;

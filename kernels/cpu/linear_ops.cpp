@@ -67,15 +67,6 @@ void with_quantized(Call& call, int32_t zero_code, bool per_token, bool group_su
   f();
 }
 
-void check_tiles(const Tensor& tiles, int64_t bytes) {
-  check_cpu(tiles, "tiles");
-  TORCH_CHECK_VALUE(tiles.scalar_type() == at::kByte && tiles.is_contiguous() &&
-                        tiles.numel() == bytes,
-                    "tiles must be ", bytes, " contiguous bytes, as the repack operator makes them");
-}
-
-int64_t int8_tile_bytes(int64_t k) { return div_up(k, 4) * 64; }
-
 Tensor int8_repack(const Tensor& codes) {
   check_cpu(codes, "codes");
   TORCH_CHECK_VALUE(codes.dim() == 2 && codes.scalar_type() == at::kChar, "codes must be int8 [N, K]");
@@ -110,17 +101,7 @@ void with_wide(Call& call, const F& f) {
   Linear& a = call.a;
   Scratch scratch(Scratch::round_up(a.m * a.kpad * 4) + Scratch::round_up(a.m * a.groups * 4));
   float* wide = scratch.take<float>(a.m * a.kpad);
-  kernels().widen_rows(call.x.const_data_ptr(), a.type, a.m, a.k, a.kpad, false, wide);
-  a.x = wide;
-  float* sums = scratch.take<float>(a.m * a.groups);
-  for (int64_t m = 0; m < a.m; m++)
-    for (int64_t g = 0; g < a.groups; g++) {
-      float total = 0;
-      for (int64_t k = g * a.group; k < std::min((g + 1) * a.group, a.kpad); k++)
-        total += wide[m * a.kpad + k];
-      sums[g * a.m + m] = total;
-    }
-  a.group_sum = sums;
+  read_wide(a, call.x.const_data_ptr(), false, wide, scratch.take<float>(a.m * a.groups));
   f();
 }
 
@@ -155,11 +136,6 @@ Tensor int8dq_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales,
   call.a.kpad = div_up(k, 4) * 4;
   quantized_int8(call, true);
   return call.y;
-}
-
-int64_t int4_tile_bytes(int64_t k, int64_t group) {
-  TORCH_CHECK_VALUE(group >= 8 && group % 8 == 0, "group size ", group, " is not a multiple of 8");
-  return div_up(k, 8) * 64 + div_up(k, group) * 64;
 }
 
 Tensor int4_repack(const Tensor& codes, const Tensor& scales, const Tensor& zeros, int64_t k,

@@ -154,6 +154,20 @@ INLINE vi dot4(vi acc, vi w, vi x) {
 // The nearest integer of |x| < 2^22, ties to even: adding 1.5 * 2^23 leaves it in the mantissa.
 INLINE vi round_to_int(vf x) { return (vi)(x + 12582912.0f) - 0x4b400000; }
 
+// e^x for x <= 0: 2^n times a polynomial of degree 6 on [-ln2/2, ln2/2]; relative error 2e-7.
+INLINE vf exp(vf x) {
+  x = max(x, splat(-87.0f));
+  vi n = round_to_int(x * 1.44269504f);
+  vf r = x - to_float(n) * 0.693359375f + to_float(n) * 2.12194440e-4f;
+  vf p = r * (1.0f / 720) + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * (vf)((n + 127) << 23);
+}
+
 INLINE float half_bits_to_float(uint16_t h, Type type) {
   if (type == Type::bf16) {
     uint32_t bits = uint32_t(h) << 16;

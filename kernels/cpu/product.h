@@ -1,0 +1,150 @@
+// A linear layer of any format inside a larger operator, for up to kFewRows rows of x.
+#pragma once
+#include <vector>
+
+#include "call.h"
+
+namespace {
+
+// How a layer comes from Python (`native_form` of its module): its tensors, and numbers that begin
+// with the kind, N, K. The first three tensors are the weight, the bias and the input's scale.
+using Tensors = c10::List<std::optional<Tensor>>;
+enum class Kind : int64_t { rows, int8, int8dq, int4, coded };
+
+struct Product {
+  Kind kind{};
+  Coded c{};               // of the formats but coded only c.a is used
+  int64_t activations = 0; // coded: how x is rounded
+  bool exact = false;      // int8, int4: x is not
+  const void* input_scale = nullptr;
+  std::vector<Tensor> held;
+
+  Product() = default;
+  Product(const Tensors& tensors, at::IntArrayRef numbers, int64_t m, Type type) {
+    TORCH_CHECK_VALUE(tensors.size() >= 3 && numbers.size() >= 3, "not a layer's native form");
+    auto get = [&](size_t i) { return i < tensors.size() ? tensors.get(i) : std::nullopt; };
+    Linear& a = c.a;
+    kind = Kind(numbers[0]);
+    a.n = numbers[1];
+    a.k = numbers[2];
+    a.m = m;
+    a.type = type;
+    Tensor weight = hold(*get(0));
+    a.w = weight.const_data_ptr();
+    if (get(1)) a.bias = vector(*get(1), a.n, type, "bias");
+    if (get(2)) input_scale = vector(*get(2), a.k, Type::bf16, "input_scale");
+    a.block = std::max<int64_t>(a.k, 4);
+    a.groups = 0;
+    switch (kind) {
+      case Kind::rows:
+        TORCH_CHECK_VALUE(type_of(weight) == type && weight.numel() == a.n * a.k, "weight: ",
+                          weight.sizes());
+        a.kpad = div_up(a.k, 32) * 32;
+        break;
+      case Kind::int8:
+      case Kind::int8dq: {
+        Tensor scales = hold(*get(3));
+        a.scale_type = type_of(scales);
+        a.scales = vector(scales, a.n, a.scale_type, "scales");
+        exact = kind == Kind::int8 && numbers[3];
+        a.kpad = div_up(a.k, 4) * 4;
+        a.block = kind == Kind::int8dq ? std::max<int64_t>(a.kpad, 4) : 64;
+        check_tiles(weight, div_up(a.n, 16) * int8_tile_bytes(a.k));
+        break;
+      }
+      case Kind::int4:
+        a.group = numbers[3];
+        exact = numbers[4];
+        a.kpad = div_up(a.k, 8) * 8;
+        a.groups = div_up(a.k, a.group);
+        for (a.block = std::min<int64_t>(a.group, 64); a.group % a.block; a.block -= 8) {}
+        check_tiles(weight, div_up(a.n, 16) * int4_tile_bytes(a.k, a.group));
+        break;
+      case Kind::coded:
+        for (size_t i = 3; i < tensors.size(); i++)
+          if (get(i)) hold(*get(i));
+        c = describe_coded(a, weight, *get(3), get(4), get(5), get(6), *get(7), numbers[3],
+                           numbers[4], numbers[5]);
+        activations = numbers[6];
+        break;
+      default: TORCH_CHECK_VALUE(false, "no such kind of layer: ", numbers[0]);
+    }
+    c.a.blocks = div_up(c.a.kpad, c.a.block);
+  }
+
+  // Output columns are handed out in units of so many.
+  int64_t unit() const { return kind == Kind::rows ? 4 : 32; }
+  int64_t units() const { return div_up(c.a.n, unit()); }
+
+  // Scratch that read() needs.
+  int64_t bytes() const {
+    const Linear& a = c.a;
+    return Scratch::round_up(a.m * a.k * 4) + Scratch::round_up(a.m * a.kpad * 4) +
+           3 * Scratch::round_up(a.m * (a.blocks + a.groups + 1) * 4);
+  }
+
+  // x [m, k] in the form that run() takes; each thread makes its own, which saves a wait.
+  Coded read(const void* x, char* scratch) const {
+    Coded own = c;
+    Linear& a = own.a;
+    auto take = [&](int64_t count) {
+      char* p = scratch;
+      scratch += Scratch::round_up(count * 4);
+      return reinterpret_cast<float*>(p);
+    };
+    if (input_scale) {
+      const int64_t size = a.type == Type::fp32 ? 4 : 2;
+      char* scaled = reinterpret_cast<char*>(take(a.m * a.k));
+      for (int64_t r = 0; r < a.m; r++)
+        kernels().multiply_scale(static_cast<const char*>(x) + r * a.k * size, input_scale, a.type,
+                                 a.k, scaled + r * a.k * size);
+      x = scaled;
+    }
+    float* wide = take(a.m * a.kpad);
+    float* scales = take(a.m * (a.blocks + 1));
+    float* sums = take(a.m * std::max<int64_t>(a.groups, 1));
+    if (kind == Kind::coded) {
+      read_coded(a, x, own.zeros, activations, wide, scales, sums);
+    } else if (kind == Kind::rows || exact) {
+      read_wide(a, x, kind == Kind::rows && a.type == Type::bf16, wide, sums);
+    } else {
+      auto* offset = reinterpret_cast<int32_t*>(take(a.m * a.blocks));
+      Quantized q{reinterpret_cast<int8_t*>(wide), scales, offset, a.groups ? sums : nullptr,
+                  kind == Kind::int4 ? 8 : 128, kind == Kind::int8dq};
+      kernels().quantize_rows(x, a, q, 0, a.m);
+      a.xq = q.xq;
+      a.xs = q.xs;
+      a.offset = q.offset;
+      a.group_sum = q.group_sum;
+    }
+    return own;
+  }
+
+  // Units [first, last) of the result.
+  void run(const Coded& own, int64_t first, int64_t last) const {
+    const Linear& a = own.a;
+    const int64_t end = std::min(last * 2, div_up(a.n, 16));
+    const Kernels& k = kernels();
+    if (first >= last) return;
+    if (kind == Kind::rows) k.float_rows(a, first * 4, std::min(last * 4, a.n));
+    else if (kind == Kind::coded) k.coded_tiles(own, first * 2, end);
+    else if (kind == Kind::int4 && exact) k.int4_exact(a, first * 2, end);
+    else if (kind == Kind::int4) k.int4_tiles(a, first * 2, end, 0, a.m);
+    else if (exact) k.int8_exact(a, first * 2, end);
+    else k.int8_tiles(a, first * 2, end, 0, a.m);
+  }
+
+ private:
+  Tensor hold(const Tensor& t) {
+    check_cpu(t, "a layer's tensor");
+    held.push_back(t.contiguous());
+    return held.back();
+  }
+  const void* vector(const Tensor& t, int64_t count, Type type, const char* name) {
+    TORCH_CHECK_VALUE(t.numel() == count && type_of(t) == type, name, " must have ", count,
+                      " entries of the right dtype, not ", t.sizes());
+    return hold(t).const_data_ptr();
+  }
+};
+
+}  // namespace

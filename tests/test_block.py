@@ -1,0 +1,136 @@
+"""The fused transformer block against the plain one: every format, caches, shapes, levels."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from engine import Engine, Sampling
+from kernels import native
+from kernels.formats import FORMATS
+from model import CONFIGS, Transformer, TransformerBlock
+from quantize import quantize_
+
+ODD = dataclasses.replace(  # no size a multiple of 16, heads in groups of three
+    CONFIGS["tiny"], dim=100, n_heads=6, n_kv_heads=2, ffn_dim=173, head_dim=10, max_positions=600,
+    attention_bias=True, ffn_bias=True,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library():
+    if not native.load():
+        pytest.skip("no C++ compiler")
+    yield
+    native.set_cpu_level("best")
+
+
+def make_model(config, mode: str | None, dtype: torch.dtype) -> Transformer:
+    torch.manual_seed(1)
+    model = Transformer(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, float(p.dim() == 1), 0.2 if p.dim() == 1 else p.shape[-1] ** -0.5)
+    model = model.to(dtype).eval()
+    if mode:
+        quantize_(model, mode, skip=lambda name: name == "output")
+    return model
+
+
+def steps(model: Transformer, kind: str, batch: int, tokens: int, filled: int) -> torch.Tensor:
+    """Logits of a prompt of `filled` tokens, then two steps of `tokens` each: [2, B, tokens, V]."""
+    generator = torch.Generator().manual_seed(2)
+    model.setup_cache(batch, filled + 2 * tokens + 20, kind)
+    ids = torch.randint(0, 500, (batch, filled + 2 * tokens), generator=generator)
+    uneven = torch.arange(batch) * 7 % 11  # sequences of different lengths
+    with torch.inference_mode():
+        if filled:
+            model(ids[:, :filled], torch.zeros(batch, dtype=torch.int64))
+        out = [
+            model(ids[:, filled + i * tokens : filled + (i + 1) * tokens],
+                  torch.full((batch,), filled + i * tokens) - uneven * (filled > 11))
+            for i in range(2)
+        ]  # fmt: skip
+    return torch.stack(out)
+
+
+def compare(model: Transformer, tolerance: float, kind="bf16", batch=1, tokens=1, filled=30):
+    for layer in model.layers:
+        layer.fused = False
+    want = steps(model, kind, batch, tokens, filled)
+    model.fuse()
+    assert all(layer.fused for layer in model.layers)
+    got = steps(model, kind, batch, tokens, filled)
+    error = (got - want).float().abs().max() / want.float().abs().max()
+    assert error <= tolerance, error
+
+
+NATIVE = [name for name in FORMATS if not name.startswith("float8dq")]
+
+
+@pytest.mark.parametrize("mode", [None, *NATIVE])
+def test_every_format(mode):
+    compare(make_model(CONFIGS["tiny"], mode, torch.float32), 2e-5 if mode is None else 2e-3)
+
+
+@pytest.mark.parametrize("level", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("mode", [None, "int8", "int4", "int8dq", "uint3"])
+def test_levels_and_odd_shapes(mode, level):
+    try:
+        native.set_cpu_level(level)
+    except (ValueError, RuntimeError):
+        pytest.skip(f"this CPU has no {level}")
+    compare(make_model(ODD, mode, torch.float32), 2e-5 if mode is None else 5e-3)
+    native.set_cpu_level("best")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+def test_half_precision(mode, dtype):
+    compare(make_model(ODD, mode, dtype), 0.03)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("batch,tokens,filled", [(1, 1, 0), (1, 5, 400), (3, 1, 300), (4, 4, 30)])
+def test_rows_and_caches(kind, batch, tokens, filled):
+    model = make_model(ODD, None, torch.float32)
+    # A rounding of a key to the other neighbour in int8 moves the logits by about 1e-3.
+    compare(model, 5e-3 if kind == "int8" else 2e-5, kind, batch, tokens, filled)
+
+
+@pytest.mark.parametrize("algorithm", ["int4-awq", "int8dq-smooth"])
+def test_input_scales(algorithm):
+    model = make_model(CONFIGS["tiny"], None, torch.float32)
+    model.setup_cache(2, 64)
+    tokens = torch.randint(0, 500, (2, 64))
+    quantize_(model, algorithm, inputs=[(tokens, torch.zeros(2, dtype=torch.int64))],
+              skip=lambda name: name == "output")  # fmt: skip
+    assert model.layers[0].attention.wqkv.input_scale is not None
+    compare(model, 5e-3)
+
+
+def test_a_format_without_tiles_stays_plain():
+    model = make_model(CONFIGS["tiny"], "float8dq-row", torch.float32)
+    model.fuse()
+    assert not any(layer.fused for layer in model.layers)
+
+
+def test_compiled_step_writes_the_cache():
+    model = make_model(CONFIGS["tiny"], "int8", torch.float32)
+    prompt, results = [[3, 1, 4, 1, 5]], []
+    for mode in (None, "default"):
+        engine = Engine(model, Sampling(0.0, 0), length=64, compile_mode=mode)
+        results.append(engine.generate(prompt, 40).token_ids[0])
+        assert isinstance(model.layers[0], TransformerBlock) and model.layers[0].fused
+    assert results[0] == results[1]
+
+
+def test_refusals():
+    model = make_model(CONFIGS["tiny"], None, torch.float32)
+    model.setup_cache(1, 16)
+    model.fuse()
+    with pytest.raises(IndexError, match="do not fit a cache"), torch.inference_mode():
+        model(torch.tensor([[1]]), torch.tensor([15]) + 0)
+        model.layers[0](
+            torch.zeros(1, 1, 64), torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1, 8),
+            torch.tensor([16]), torch.tensor([[16]]),
+        )  # fmt: skip
