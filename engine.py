@@ -6,6 +6,7 @@ bucket sizes, and positions are tensors. The host never waits inside the loop: i
 token while the next step runs.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -143,6 +144,7 @@ class Engine:
         model.fuse()
         self.generator = torch.Generator().manual_seed(seed)
         self.cached: list[int] = []  # the tokens whose keys and values row 0 of the cache holds
+        self.compile_mode, self.guarded_cache = compile_mode, None
         self.decode_step, self.prefill_step = self._decode_step, self._prefill_step
         self.warm_sizes: list[int] = []  # prompt lengths that between them use every bucket
         if compile_mode is not None:
@@ -233,19 +235,33 @@ class Engine:
             clock = Clock(self.device)
             clock.mark()
             stopped = False
-            for i in range(1, max_new_tokens):
-                previous = token.clone()  # a replayed CUDA graph writes over its last output
-                token = self.decode_step(previous, start, u[i])
-                start += 1
-                clock.mark()
-                if stopped := take(previous):
-                    break
+            with self._guards():
+                for i in range(1, max_new_tokens):
+                    previous = token.clone()  # a replayed CUDA graph writes over its last output
+                    token = self.decode_step(previous, start, u[i])
+                    start += 1
+                    clock.mark()
+                    if stopped := take(previous):
+                        break
             if not stopped:
                 take(token)
         self.cached = [*prompts[0], *outputs[0]][: self.length] if self.batch == 1 else []
         # The newest token was sampled but never run: its slot is not filled yet.
         self.cached = self.cached[:-1]
         return Result(outputs, max(map(len, prompts)), first_token_s, clock.intervals())
+
+    def _guards(self) -> contextlib.AbstractContextManager:
+        """From the second call on, run the compiled step without looking at its guards.
+
+        They compare the weights and settings that the code was compiled for, hundreds of tensors,
+        which takes a millisecond a step. Nothing of it can have changed, except a cache that
+        another engine set up on the same model: then they are looked at.
+        """
+        cache = self.model.layers[0].attention.kv_cache
+        known, self.guarded_cache = self.guarded_cache is cache, cache
+        if not known or self.compile_mode is None:
+            return contextlib.nullcontext()
+        return torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)
 
     def _check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
         if len(prompts) != self.batch:

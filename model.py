@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import attention
-from kernels.block import MOST_ROWS, can_fuse, decode_block
+from kernels.blocks import MOST_ROWS, can_fuse, decode_blocks
 from kernels.linear import Linear
 
 
@@ -222,11 +222,8 @@ class TransformerBlock(nn.Module):
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
-        self.fused = False  # few tokens run as one operator; see `Transformer.fuse`
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, position: Tensor):
-        if self.fused and x.shape[0] * x.shape[1] <= MOST_ROWS:
-            return decode_block(self, x, cos, sin, start)
         x = x + self.attention(self.attention_norm(x), cos, sin, start, position)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -244,6 +241,7 @@ class Transformer(nn.Module):
         if config.tied_head:
             self.output.weight = self.tok_embeddings.weight
         self.cache_length = 0
+        self.fused = False  # see `fuse`
         self.requires_grad_(False)
 
     def setup_cache(self, batch: int, length: int, kind: str = "bf16") -> None:
@@ -259,12 +257,11 @@ class Transformer(nn.Module):
         self.register_buffer("rope_sin", angles.sin(), persistent=False)
 
     def fuse(self) -> None:
-        """From now on run each block on few tokens as one operator, where there is one for it.
+        """From now on run the blocks on few tokens as one operator, where there is one for them.
 
         Hooks on the layers inside are then passed over.
         """
-        for layer in self.layers:
-            layer.fused = can_fuse(layer)
+        self.fused = can_fuse(self.layers)
 
     def rope(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of the angles at `position` [B, T]: [B, T, 1, D / 2] each."""
@@ -285,8 +282,11 @@ class Transformer(nn.Module):
         position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # [B, T]
         cos, sin = self.rope(position)
         x = self.tok_embeddings(tokens)  # [B, T, C]
-        for layer in self.layers:
-            x = layer(x, cos, sin, start, position)
+        if self.fused and tokens.numel() <= MOST_ROWS:
+            x = decode_blocks(self.layers, x, cos, sin, start)
+        else:
+            for layer in self.layers:
+                x = layer(x, cos, sin, start, position)
         if last is not None:
             x = x.gather(1, last[:, None, None].expand(-1, 1, x.shape[-1]))
         return self.output(self.norm(x))

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -77,13 +78,23 @@ def _say(line: str) -> None:
     print(f"flatllama: {line}", file=sys.stderr, flush=True)
 
 
+def _with_headers(source: Path) -> set[Path]:
+    """A source file and all of our headers that it includes, directly or not."""
+    found, new = set(), {source}
+    while new:
+        found |= new
+        texts = [path.read_text() for path in new]
+        names = {name for text in texts for name in re.findall(r'#include "(.+)"', text)}
+        new = {SOURCES / name for name in names} - found
+    return found
+
+
 def _jobs(compiler: str, folder: Path) -> list[tuple[list[str], Path]]:
     """Compiler commands and their object files, named after a hash of all they depend on.
 
     `*_ops.cpp` see torch's headers and are compiled once, for any CPU; the others once per level.
     """
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    headers = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.h")))
     include = Path(torch.__file__).parent / "include"
     torch_flags = ["-O2", f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"]
     jobs = []
@@ -92,7 +103,8 @@ def _jobs(compiler: str, folder: Path) -> list[tuple[list[str], Path]]:
         for flags in [torch_flags] if source.stem.endswith("_ops") else variants:
             command = [compiler, *FLAGS, *flags, "-c", source.name]
             key = f"{command} {version.stdout} {torch.__version__}".encode()
-            digest = hashlib.sha256(key + headers + source.read_bytes()).hexdigest()[:16]
+            texts = b"".join(path.read_bytes() for path in sorted(_with_headers(source)))
+            digest = hashlib.sha256(key + texts).hexdigest()[:16]
             jobs.append((command, folder / f"{source.stem}.{digest}.o"))
     return sorted(jobs, key=lambda job: not job[1].name.split(".")[0].endswith("_ops"))
 
@@ -164,7 +176,7 @@ def _register_fakes() -> None:
         ),
         "int4_linear": lambda x, tiles, bias, N, K, groupsize, exact: rows(x, N),
         "coded_linear": lambda x, *rest: rows(x, rest[7]),
-        "decode_block": lambda x, *rest: torch.empty_like(x),
+        "decode_blocks": lambda x, *rest: torch.empty_like(x),
         "attention": lambda q, k_cache, v_cache, start, k_scale=None, v_scale=None, softmax_scale=None: (  # noqa: E501
             q.new_empty(q.shape)
         ),

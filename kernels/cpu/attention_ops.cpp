@@ -97,15 +97,19 @@ Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, 
   if (int8) {
     TORCH_CHECK_VALUE(k_scale->numel() == B * Hkv * S && v_scale->numel() == B * Hkv * S,
                       "cache scales must be [B, Hkv, S]");
-    kscales = k_scale->to(at::kFloat).contiguous();
-    vscales = v_scale->to(at::kFloat).contiguous();
+    TORCH_CHECK_TYPE(k_scale->scalar_type() == v_scale->scalar_type(), "cache scales of one dtype");
+    kscales = k_scale->contiguous();
+    vscales = v_scale->contiguous();
   }
   const Tensor starts = start.contiguous(), queries = q.contiguous();
   Pieces p{B, T, H, Hkv, D, S, type_of(q)};
   p.caches(k_cache, v_cache);
   p.q = static_cast<const char*>(queries.const_data_ptr());
-  p.k_scale = int8 ? kscales.const_data_ptr<float>() : nullptr;
-  p.v_scale = int8 ? vscales.const_data_ptr<float>() : nullptr;
+  if (int8) {
+    p.scale_type = type_of(kscales);
+    p.k_scale = static_cast<const char*>(kscales.const_data_ptr());
+    p.v_scale = static_cast<const char*>(vscales.const_data_ptr());
+  }
   p.first = starts.const_data_ptr<int64_t>();
   p.y = static_cast<char*>(out.mutable_data_ptr());
   for (int i = 0; i < 3; i++) p.y_stride[i] = out.stride(i);

@@ -14,7 +14,8 @@ struct Pieces {
   const char *q, *k, *v;             // q [B, H, T, D] of `type`; caches [B, Hkv, S, D]
   int64_t k_stride[3], v_stride[3];  // of batch, head, slot, in elements of `cache_size` bytes
   int64_t cache_size;
-  const float *k_scale, *v_scale;    // [B, Hkv, S], or null
+  const char *k_scale, *v_scale;     // [B, Hkv, S] of `scale_type`, or null
+  Type scale_type;
   const int64_t* first;              // [B], where each batch's first new token is
   char* y;                           // of `type`
   int64_t y_stride[3];               // of batch, head, token, in elements
@@ -46,7 +47,7 @@ struct Pieces {
     splits = std::max<int64_t>(1, std::min(splits, most / (2 * kAttentionBlock)));
     stretch = (most + splits * kAttentionBlock - 1) / (splits * kAttentionBlock) * kAttentionBlock;
     part_size = rows * (padded(D) + 2);
-    own_size = attention_scratch(D) + rows * D;
+    own_size = attention_scratch(D) + rows * D + (k_scale ? 2 * stretch : 0);
     count = B * Hkv * chunks * splits;
     return Scratch::round_up(count * part_size * 4) + Scratch::round_up(threads * own_size * 4);
   }
@@ -54,6 +55,13 @@ struct Pieces {
   void take(Scratch& scratch, int64_t threads) {
     parts = scratch.take<float>(count * part_size);
     own = scratch.take<float>(threads * own_size);
+  }
+
+  // A stretch's scales in fp32, zeros after their end.
+  const float* widen_scales(const char* from, int64_t at, int64_t count, float* to) const {
+    const int64_t size = scale_type == Type::fp32 ? 4 : 2;
+    kernels().widen_rows(from + at * size, scale_type, 1, count, stretch, false, to);
+    return to;
   }
 
   int64_t y_index(int64_t pair, int64_t row_head, int64_t token) const {
@@ -79,8 +87,6 @@ struct Pieces {
     a.q = wide;
     a.k = k + (b * k_stride[0] + h * k_stride[1]) * cache_size;
     a.v = v + (b * v_stride[0] + h * v_stride[1]) * cache_size;
-    a.k_scale = k_scale ? k_scale + pair * S : nullptr;
-    a.v_scale = v_scale ? v_scale + pair * S : nullptr;
     a.d = D;
     a.k_stride = k_stride[2];
     a.v_stride = v_stride[2];
@@ -89,7 +95,13 @@ struct Pieces {
     a.max = a.out + a.rows * padded(D);
     a.sum = a.max + a.rows;
     a.scratch = wide + rows * D;
-    kernels().attend(a, split * stretch, std::min((split + 1) * stretch, a.first + a.tokens));
+    const int64_t begin = split * stretch, end = std::min(begin + stretch, a.first + a.tokens);
+    if (k_scale && begin < end) {
+      float* scales = a.scratch + attention_scratch(D);
+      a.k_scale = widen_scales(k_scale, pair * S + begin, end - begin, scales) - begin;
+      a.v_scale = widen_scales(v_scale, pair * S + begin, end - begin, scales + stretch) - begin;
+    }
+    kernels().attend(a, begin, end);
     for (int64_t r = 0; splits == 1 && r < a.rows; r++)
       kernels().merge(a.out, 1, part_size, a.rows, r, D, type, y,
                       y_index(pair, r / a.tokens, c * chunk + r % a.tokens));

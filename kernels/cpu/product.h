@@ -8,7 +8,7 @@ namespace {
 
 // How a layer comes from Python (`native_form` of its module): its tensors, and numbers that begin
 // with the kind, N, K. The first three tensors are the weight, the bias and the input's scale.
-using Tensors = c10::List<std::optional<Tensor>>;
+using Tensors = c10::ArrayRef<std::optional<Tensor>>;
 enum class Kind : int64_t { rows, int8, int8dq, int4, coded };
 
 struct Product {
@@ -22,7 +22,7 @@ struct Product {
   Product() = default;
   Product(const Tensors& tensors, at::IntArrayRef numbers, int64_t m, Type type) {
     TORCH_CHECK_VALUE(tensors.size() >= 3 && numbers.size() >= 3, "not a layer's native form");
-    auto get = [&](size_t i) { return i < tensors.size() ? tensors.get(i) : std::nullopt; };
+    auto get = [&](size_t i) { return i < tensors.size() ? tensors[i] : std::nullopt; };
     Linear& a = c.a;
     kind = Kind(numbers[0]);
     a.n = numbers[1];
