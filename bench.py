@@ -193,7 +193,7 @@ def parse_args() -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, help="CPU threads; default: torch's, one per core")
     add("--exact_activations", action="store_true",
-        help="CPU: weight-only kernels never round activations to int8 blocks")  # fmt: skip
+        help="CPU: int4 kernels do not round activations to int8 blocks")  # fmt: skip
     add("--prompt", type=int, default=64, metavar="N", help="tokens of the synthetic prompt")
     add("--max_new_tokens", type=int, default=128)
     add("--kv_cache", choices=["bf16", "int8"], default="bf16")

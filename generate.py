@@ -39,7 +39,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--threads", type=int, help="CPU threads; default: torch's, one per core")
     add("--exact_activations", action="store_true",
-        help="CPU: weight-only kernels never round activations to int8 blocks")  # fmt: skip
+        help="CPU: int4 kernels do not round activations to int8 blocks")  # fmt: skip
 
 
 def load(args: argparse.Namespace, random_name: str | None = None):

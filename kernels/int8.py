@@ -63,14 +63,12 @@ class Int8Linear(QuantizedLinear):
         if self.tiles is None:
             return None
         tensors = [self.tiles, self.bias, self.input_scale, self.scales]
-        shape = [self.out_features, self.in_features]
-        return tensors, [1, *shape, int(native.exact_activations())]
+        return tensors, [1, self.out_features, self.in_features]
 
     def multiply(self, x: Tensor) -> Tensor:
         if self.tiles is not None:
             return torch.ops.flatllama.int8_linear(
-                x, self.tiles, self.scales, self.bias, self.out_features, self.in_features,
-                native.exact_activations(),
-            )  # fmt: skip
+                x, self.tiles, self.scales, self.bias, self.out_features, self.in_features
+            )
         y = torch.nn.functional.linear(x, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
         return y if self.bias is None else y + self.bias

@@ -23,7 +23,7 @@ class Int8DynamicLinear(Int8Linear):
 
     def native_form(self) -> NativeForm | None:
         form = super().native_form()
-        return form and (form[0], [2, *form[1][1:3]])
+        return form and (form[0], [2, *form[1][1:]])
 
     def multiply(self, x: Tensor) -> Tensor:
         if self.tiles is not None:

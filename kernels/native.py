@@ -7,7 +7,7 @@ per level (portable, AVX2, AVX-512 with VNNI); the level that this CPU has is ch
 Importing this file does nothing.
 
 Environment: `CXX` names the compiler; `FLATLLAMA_CPU=portable|avx2|avx512` forces a level;
-`FLATLLAMA_EXACT=1` keeps activations unrounded in the weight-only products.
+`FLATLLAMA_EXACT=1` keeps activations unrounded in the int4 products.
 """
 
 import fcntl
@@ -42,10 +42,10 @@ def loaded() -> bool:
 
 
 def exact_activations(flag: bool | None = None) -> bool:
-    """Whether weight-only products use activations as they are; `flag` sets it.
+    """Whether int4 products use activations as they are; `flag` sets it.
 
-    By default int8 and int4 products round activations to int8 in blocks of 64 columns (the
-    largest divisor of the group size up to 64), each with its own fp32 scale.
+    By default int4 products round activations to int8 in blocks of 64 columns (the largest divisor
+    of the group size up to 64), each with its own fp32 scale.
     """
     global _exact
     if flag is not None:
@@ -169,7 +169,7 @@ def _register_fakes() -> None:
     fake = {
         "float_linear": lambda x, weight, bias: rows(x, weight.shape[0]),
         "int8_repack": lambda codes: tiles(codes.shape[0], -(-codes.shape[1] // 4) * 64, codes),
-        "int8_linear": lambda x, tiles, scales, bias, N, K, exact: rows(x, N),
+        "int8_linear": lambda x, tiles, scales, bias, N, K: rows(x, N),
         "int8dq_linear": lambda x, tiles, scales, bias, N, K: rows(x, N),
         "int4_repack": lambda codes, scales, zeros, K, groupsize: tiles(
             codes.shape[0], (-(-K // 8) - (-K // groupsize)) * 64, codes

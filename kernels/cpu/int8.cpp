@@ -19,13 +19,9 @@ INLINE float amax(const float* p, int64_t len) {
 // len numbers at p to codes; returns the codes' sum. len is rounded up to whole vectors.
 INLINE int32_t round_line(const float* p, int64_t len, float scale, int8_t* codes) {
   vi sums{};
-  const float inverse = scale > 1e-36f ? 1 / scale : 0;  // finite
+  const vf by = splat(scale > 1e-36f ? scale : 1.0f);  // divided, not by its inverse: exact codes
   for (int64_t i = 0; i < len; i += kLanes) {
-    vf scaled = load<vf>(p + i) * inverse;
-#if defined(__x86_64__)
-    asm("" : "+v"(scaled));  // no fused rounding: the same codes at every level
-#endif
-    vi q = round_to_int(scaled);
+    vi q = round_to_int(load<vf>(p + i) / by);
     sums += q;
     store(codes + i, __builtin_convertvector(q, vb));
   }

@@ -86,15 +86,6 @@ Tensor int8_repack(const Tensor& codes) {
   return tiles;
 }
 
-void quantized_int8(Call& call, bool per_token) {
-  Linear& a = call.a;
-  a.block = per_token ? std::max<int64_t>(a.kpad, 4) : 64;
-  with_quantized(call, 128, per_token, false, [&] {
-    call.over_tiles(int8_tile_bytes(a.k),
-                    [&](int64_t i, int64_t j) { kernels().int8_tiles(a, i, j, 0, a.m); });
-  });
-}
-
 // fp32 rows of x for the exact paths.
 template <class F>
 void with_wide(Call& call, const F& f) {
@@ -106,16 +97,14 @@ void with_wide(Call& call, const F& f) {
 }
 
 Tensor int8_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, OptTensor bias,
-                   int64_t n, int64_t k, bool exact) {
+                   int64_t n, int64_t k) {
   Call call(x, bias, scales, n, k);
   check_tiles(tiles, div_up(n, 16) * int8_tile_bytes(k));
   if (call.empty()) return call.y;
   Linear& a = call.a;
   a.w = tiles.const_data_ptr();
   a.kpad = div_up(k, 4) * 4;
-  if (!exact) {
-    quantized_int8(call, false);
-  } else if (a.m <= kFewRows || k == 0) {
+  if (a.m <= kFewRows || k == 0) {
     with_wide(call, [&] {
       call.over_tiles(int8_tile_bytes(k),
                       [&](int64_t i, int64_t j) { kernels().int8_exact(a, i, j); });
@@ -132,9 +121,14 @@ Tensor int8dq_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales,
   Call call(x, bias, scales, n, k);
   check_tiles(tiles, div_up(n, 16) * int8_tile_bytes(k));
   if (call.empty()) return call.y;
-  call.a.w = tiles.const_data_ptr();
-  call.a.kpad = div_up(k, 4) * 4;
-  quantized_int8(call, true);
+  Linear& a = call.a;
+  a.w = tiles.const_data_ptr();
+  a.kpad = div_up(k, 4) * 4;
+  a.block = std::max<int64_t>(a.kpad, 4);
+  with_quantized(call, 128, true, false, [&] {
+    call.over_tiles(int8_tile_bytes(k),
+                    [&](int64_t i, int64_t j) { kernels().int8_tiles(a, i, j, 0, a.m); });
+  });
   return call.y;
 }
 
@@ -206,8 +200,7 @@ Tensor int4_linear(const Tensor& x, const Tensor& tiles, OptTensor bias, int64_t
 TORCH_LIBRARY_FRAGMENT(flatllama, m) {
   m.def("float_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("int8_repack(Tensor codes) -> Tensor");
-  m.def("int8_linear(Tensor x, Tensor tiles, Tensor scales, Tensor? bias, int N, int K, bool exact)"
-        " -> Tensor");
+  m.def("int8_linear(Tensor x, Tensor tiles, Tensor scales, Tensor? bias, int N, int K) -> Tensor");
   m.def("int8dq_linear(Tensor x, Tensor tiles, Tensor scales, Tensor? bias, int N, int K) -> Tensor");
   m.def("int4_repack(Tensor codes, Tensor scales, Tensor zeros, int K, int groupsize) -> Tensor");
   m.def("int4_linear(Tensor x, Tensor tiles, Tensor? bias, int N, int K, int groupsize, bool exact)"

@@ -15,7 +15,7 @@ struct Product {
   Kind kind{};
   Coded c{};               // of the formats but coded only c.a is used
   int64_t activations = 0; // coded: how x is rounded
-  bool exact = false;      // int8, int4: x is not
+  bool exact = false;      // x is taken as it is: int8, and int4 where asked for
   const void* input_scale = nullptr;
   std::vector<Tensor> held;
 
@@ -46,9 +46,9 @@ struct Product {
         Tensor scales = hold(*get(3));
         a.scale_type = type_of(scales);
         a.scales = vector(scales, a.n, a.scale_type, "scales");
-        exact = kind == Kind::int8 && numbers[3];
+        exact = kind == Kind::int8;
         a.kpad = div_up(a.k, 4) * 4;
-        a.block = kind == Kind::int8dq ? std::max<int64_t>(a.kpad, 4) : 64;
+        a.block = std::max<int64_t>(a.kpad, 4);
         check_tiles(weight, div_up(a.n, 16) * int8_tile_bytes(a.k));
         break;
       }
