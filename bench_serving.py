@@ -239,9 +239,8 @@ def parse_args(kind: str, argv: list[str]) -> argparse.Namespace:
     add("--json", type=Path, help="write the rows here")
     add("--plot", type=Path, metavar="FILE.png")
     args = parser.parse_args(argv)
-    numbers = [v for v in vars(args).values() if type(v) is int]
-    numbers += getattr(args, "batch_sizes", [])
-    if min([n for n in numbers if n != args.seed], default=1) < 1:
+    numbers = [v for name, v in vars(args).items() if type(v) is int and name != "seed"]
+    if min([*numbers, *getattr(args, "batch_sizes", [])]) < 1:
         raise UserError("sizes and counts must be at least 1")
     if unknown := set(getattr(args, "policies", ())) - set(POLICIES):
         raise UserError(f"unknown policy {min(unknown)!r}: there is {', '.join(POLICIES)}")
