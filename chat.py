@@ -5,6 +5,7 @@ import sys
 from engine import Engine
 from errors import UserError
 from tokenizer import StreamDecoder, Tokenizer
+from tp import from_rank_0
 
 
 class Streamer:
@@ -29,6 +30,14 @@ def render_chat(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
         raise UserError(str(error)) from None
 
 
+def read_line() -> str:
+    """What the user says; empty at the end of input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
 def chat(engine: Engine, tokenizer: Tokenizer, max_new_tokens: int) -> None:
     """Talk through the model's own template until an empty line or end of input.
 
@@ -36,10 +45,7 @@ def chat(engine: Engine, tokenizer: Tokenizer, max_new_tokens: int) -> None:
     """
     messages = []
     while True:
-        try:
-            text = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
+        text = from_rank_0(read_line)
         if not text:
             return
         messages.append({"role": "user", "content": text})

@@ -7,6 +7,7 @@ over its time, beside what this machine reads at best in the same run.
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import tp
 from chat import Streamer, chat, render_chat
 from checkpoint import load_model, open_checkpoint
 from engine import Engine, Result, Sampling, compiled_graphs, configure_compiler
@@ -45,8 +47,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load(args: argparse.Namespace, random_name: str | None = None):
-    """The model that the shared flags ask for -> (Transformer, mode name, directory or None)."""
+    """The model that the shared flags ask for -> (Transformer, mode name, directory or None).
+
+    Of the processes of torchrun each gets its share (tp.py).
+    """
     check_device(args.device)
+    ranks = tp.start(args.device)
     if args.threads is not None:
         if args.threads < 1:
             raise UserError(f"--threads {args.threads}: must be at least 1")
@@ -57,20 +63,26 @@ def load(args: argparse.Namespace, random_name: str | None = None):
     dtype = PRECISIONS.get(args.precision)
     mode = parse_mode(args.quantization, args.groupsize) if args.quantization else None
     if random_name is not None:
-        dtype = dtype or torch.bfloat16
-        model = random_model(CONFIGS[random_name], mode, args.device, dtype)
+        dtype, config = dtype or torch.bfloat16, CONFIGS[random_name]
+        if ranks:
+            model = tp.load_ranked(ranks, None, config, mode, args.device, dtype)
+        else:
+            model = random_model(config, mode, args.device, dtype)
         return model, str(mode) if mode else "bf16", None
     checkpoint = open_checkpoint(args.checkpoint_path)
     if mode and checkpoint.header.get("layers"):
         raise UserError(f"{checkpoint.path} is quantized already: leave --quantization out")
-    model = load_model(checkpoint, args.device, dtype)
+    if ranks:
+        model = tp.load_ranked(ranks, checkpoint, checkpoint.config, mode, args.device, dtype)
+    else:
+        model = load_model(checkpoint, args.device, dtype)
     names = {dtype: name for name, dtype in FLOAT_MODES.items()}
     name = checkpoint.header.get("mode") or names[model.tok_embeddings.weight.dtype]
-    if mode:
+    if mode and not ranks:
         head = head_mode(mode, None)
         quantize_(model, str(mode), mode.groupsize, skip=lambda n: n == "output")
         quantize_(model, str(head), head.groupsize)
-        name = str(mode)
+    name = str(mode) if mode else name
     return model, name, checkpoint.directory
 
 
@@ -223,8 +235,11 @@ def make_engine(model: Transformer, length: int, batch: int, args: argparse.Name
         raise UserError("--prompt_lookup needs no draft: leave --draft_checkpoint_path out")
     draft = None
     if draft_path is not None:
-        draft = load_model(open_checkpoint(draft_path), args.device, PRECISIONS.get(args.precision))
+        flags = {"checkpoint_path": draft_path, "quantization": None}
+        draft = load(argparse.Namespace(**{**vars(args), **flags}))[0]
     k = (LOOKUP_K if lookup else DRAFT_K) if k is None else k
+    # All ranks must agree when to stop speculating: each measures times of its own.
+    settings["agree"] = lambda verdict: tp.from_rank_0(lambda: verdict)
     return SpeculativeEngine(model, sampling, k, draft, **settings)
 
 
@@ -242,7 +257,8 @@ def run_samples(
         if streamer:
             print(texts[0] if not texts[0].isdecimal() else "", end="", flush=True)
         call = (prompts, args.max_new_tokens, eos, streamer)
-        if args.profile and i == args.num_samples - 1:
+        first = os.environ.get("RANK", "0") == "0"
+        if args.profile and first and i == args.num_samples - 1:
             with torch.profiler.profile() as trace:
                 results.append(engine.generate(*call))
             trace.export_chrome_trace(str(args.profile))
@@ -292,8 +308,12 @@ def main() -> None:
         chat(engine, tokenizer, args.max_new_tokens)
         return
     results = run_samples(engine, prompts, texts, args, tokenizer, eos)
+    if os.environ.get("RANK", "0") != "0":
+        return
     figures = report(engine, results, args, mode, compile_s)
     figures["recompiles"] = compiled_graphs() - graphs
+    if "WORLD_SIZE" in os.environ:
+        figures["processes"] = int(os.environ["WORLD_SIZE"])
     if tokenizer:
         figures["texts"] = [tokenizer.decode(ids) for ids in figures["token_ids"]]
     print_report(figures)
