@@ -3,9 +3,9 @@
 python predict.py                                        # both tables, as in the README
 python predict.py --model llama-3.1-8b --mode int4 --kv_cache int8 --positions 131072
 
-Bytes are those of the tensors that the loader makes. Speeds are predictions from bandwidths: a step
-reads its rank's weights at EFFICIENCY of the memory's peak, and waits LATENCY_S for every collective
-besides the time of its bytes on the links. Neither constant has been measured here.
+Bytes are those of the tensors that the loader makes. Speeds are predictions from bandwidths: a
+step reads its rank's weights at EFFICIENCY of the memory's peak, and waits LATENCY_S for every
+collective besides the time of its bytes on the links. Neither constant has been measured here.
 """
 
 import argparse
@@ -150,13 +150,11 @@ def main() -> None:
     if not 1 <= args.positions <= config.max_positions:
         raise UserError(f"--positions: 1 to {config.max_positions} for {args.model}")
     parts = memory_bytes(config, args.mode, args.groupsize, args.positions, args.kv_cache)
-    print(
-        f"{args.model}, {args.mode}, {args.kv_cache} cache, {args.positions} positions (computed)"
-    )
+    print(f"computed: {args.model}, {args.mode}, {args.kv_cache} cache, {args.positions} slots")
     for name, size in parts.items():
         print(f"  {name:<12}{size / 1e9:8.3f} GB")
-    print(f"\npredicted tokens/s, batch 1 (assumed: {EFFICIENCY:.0%} of the memory's peak bandwidth, "
-          f"{LATENCY_S * 1e6:.0f} us a collective)\n")  # fmt: skip
+    print(f"\npredicted tokens/s, batch 1, assuming {EFFICIENCY:.0%} of the memory's peak bandwidth"
+          f" and {LATENCY_S * 1e6:.0f} us a collective\n")  # fmt: skip
     print("\n\n".join(prediction_table(mode) for mode in ("bf16", "int4")))
 
 
