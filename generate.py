@@ -285,7 +285,8 @@ def main() -> None:
     check(args)
     texts = read_prompts(args.prompts) if args.prompts else [args.prompt] * args.batch_size
     model, mode, directory = load(args, args.random_weights)
-    tokenizer = open_tokenizer(directory, model, required=not all(t.isdecimal() for t in texts))
+    synthetic = not args.prompts and args.prompt.isdecimal()
+    tokenizer = open_tokenizer(directory, model, required=not synthetic)
     if args.compile:
         configure_compiler()
     if args.interactive:
@@ -295,7 +296,7 @@ def main() -> None:
         prompts, length = [[1]], args.cache_size or min(2048, model.config.max_positions)
     else:
         vocab = model.config.vocab_size
-        prompts = [encode_prompt(text, tokenizer, vocab, args.seed) for text in texts]
+        prompts = [encode_prompt(t, tokenizer, vocab, args.seed, synthetic) for t in texts]
         length = args.cache_size or max(map(len, prompts)) + args.max_new_tokens
     engine = make_engine(model, length, len(prompts), args)
     if args.compile:

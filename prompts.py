@@ -10,9 +10,11 @@ from errors import UserError
 from tokenizer import Tokenizer, load_tokenizer
 
 
-def encode_prompt(prompt: str, tokenizer: Tokenizer | None, vocab: int, seed: int) -> list[int]:
-    """Token ids of a text, or, where it is an integer, a synthetic prompt of that length."""
-    if prompt.isdecimal():
+def encode_prompt(
+    prompt: str, tokenizer: Tokenizer | None, vocab: int, seed: int, synthetic: bool = True
+) -> list[int]:
+    """Token ids of a text, or, where it is an integer, a `synthetic` prompt of that length."""
+    if synthetic and prompt.isdecimal():
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(0, vocab, (int(prompt),), generator=generator).tolist()
     if tokenizer is None:

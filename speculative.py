@@ -252,7 +252,7 @@ class SpeculativeEngine(Engine):
         agree=lambda verdict: verdict, **engine,
     ):  # fmt: skip
         if engine.get("batch", 1) != 1:
-            raise UserError("speculative decoding runs batches of 1 only: leave --batch_size out")
+            raise UserError("speculation runs batches of 1: leave --batch_size and --prompts out")
         if not 1 <= k <= 64:
             raise UserError(f"--speculate_k {k}: take 1 to 64")
         super().__init__(model, sampling, spare=k, **engine)

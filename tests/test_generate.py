@@ -176,6 +176,15 @@ def test_prompts_of_a_file_run_in_one_batch(run, tmp_path, jsonl):
         assert prompt + text in out
 
 
+def test_a_number_in_a_file_of_prompts_is_text(run, tmp_path):
+    tiny = save_tiny_with_tokenizer(tmp_path / "tiny")[0]
+    (tmp_path / "p.txt").write_text("42")
+    code, _, err = run("--checkpoint_path", tiny, "--prompts", tmp_path / "p.txt",
+                       "--max_new_tokens", 3, "--json", tmp_path / "g.json")  # fmt: skip
+    assert code == 0, err
+    assert json.loads((tmp_path / "g.json").read_text())["prompt_tokens"] <= 2
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
