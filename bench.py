@@ -2,6 +2,7 @@
 
 python bench.py --modes bf16,int8,int4,int4-gptq:128 --text wiki.test.raw --plot table.png
 python bench.py --random_weights llama-3-8b --modes bf16,int8,int4
+python bench.py throughput|latency|position ...        # bench_serving.py
 
 Every quantized mode becomes a checkpoint first (quantize.py), so that what is measured is what
 a user runs. Then the modes take turns, each turn a fresh `generate.py` process: memory is that
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+import bench_serving
 from bench_report import Row, plot, pyplot, table
 from checkpoint import Checkpoint, open_checkpoint
 from errors import UserError, check_device, cli, progress
@@ -288,6 +290,8 @@ def make_entries(args: argparse.Namespace, folder: Path) -> list[Entry]:
 
 
 def main() -> None:
+    if sys.argv[1:2] and sys.argv[1] in bench_serving.COLUMNS:
+        return bench_serving.main(sys.argv[1], sys.argv[2:])
     args = parse_args()
     check(args)
     with tempfile.TemporaryDirectory() as temporary:

@@ -27,7 +27,7 @@ def table(rows: list[Row]) -> str:
     """The rows as Markdown."""
     head = ["Technique", "Perplexity", "Tokens/s", "x bf16", "Bandwidth GB/s", "% of read",
             "Peak memory GB", "Model size GB", "First token ms"]  # fmt: skip
-    cells = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    cells = [head]
     for row in rows:
         cells.append([
             row.mode,
@@ -40,6 +40,12 @@ def table(rows: list[Row]) -> str:
             f"{row.weight_bytes / 1e9:.3f}",
             f"{row.time_to_first_token_s * 1e3:.1f}",
         ])  # fmt: skip
+    return markdown(cells)
+
+
+def markdown(cells: list[list[str]]) -> str:
+    """A head and lines as a table, all but the first column right-aligned."""
+    cells = [cells[0], ["---"] + ["---:"] * (len(cells[0]) - 1), *cells[1:]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [[c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -76,9 +82,14 @@ def plot(rows: list[Row], path: Path, title: str = "") -> None:
         axis.set(xlabel=name, ylabel="perplexity", yscale="log")
         axis.grid(alpha=0.3, which="both")
     figure.suptitle(title)
+    save(figure, path)
+
+
+def save(figure, path: Path) -> None:
+    """Write a figure to a file and close it."""
     figure.tight_layout()
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {path}: {error}") from None
-    plt.close(figure)
+    pyplot().close(figure)

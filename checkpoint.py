@@ -82,16 +82,30 @@ class Checkpoint:
         rows = [sum(s[0] for s in shapes)] if shapes[0] else []
         return DTYPES[dtypes[0]], rows + shapes[0][1:]
 
-    def tensor(self, name: str, rows: list[slice] | None = None) -> Tensor:
-        """Our tensor `name`, in memory of its own; of its stored parts only `rows`, one each."""
-        parts = []
-        for i, part in enumerate(self.stored(name)):
+    def tensor(
+        self, name: str, rows: list[slice] | None = None, columns: slice | None = None
+    ) -> Tensor:
+        """Our tensor `name`, in memory of its own: all of it, or only these `rows` of the stacked
+        tensor, one range after the other, and of them only these `columns`. Nothing else is read.
+        """
+        pieces, first = [], 0
+        for part in self.stored(name):
             # Opened anew each time: a mapping kept open would count every page ever read.
             with safe_open(self.files[part], "pt") as f:
-                parts.append(f.get_tensor(part) if rows is None else f.get_slice(part)[rows[i]])
-                if len(self.stored(name)) == 1:
-                    parts[0] = parts[0].clone()
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+                if rows is None and columns is None:
+                    pieces.append((0, f.get_tensor(part)))
+                    continue
+                view = f.get_slice(part)
+                count = view.get_shape()[0]
+                for i, want in enumerate(rows or [slice(0, None)]):
+                    low, high, _ = slice(want.start, want.stop).indices(2**62)
+                    low, high = max(low - first, 0), min(high - first, count)
+                    if low < high:
+                        where = slice(low, high)
+                        pieces.append((i, view[where] if columns is None else view[where, columns]))
+                first += count
+        tensors = [tensor for _, tensor in sorted(pieces, key=lambda piece: piece[0])]
+        return tensors[0].clone() if len(tensors) == 1 else torch.cat(tensors)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,7 +8,7 @@ token while the next step runs.
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -64,29 +64,61 @@ def sample(logits: Tensor, u: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         return logits.argmax(-1)
     p, ids = probabilities(logits, sampling)
+    choice = draw(p, u)
+    return (choice if ids is None else ids.gather(-1, choice))[:, 0]
+
+
+def draw(p: Tensor, u: Tensor) -> Tensor:
+    """Indices [B, 1] drawn from p [B, n], unnormalized, at u [B] uniform in [0, 1)."""
     cdf = p.cumsum(-1)
     choice = (cdf <= u[:, None] * cdf[:, -1:]).sum(-1, keepdim=True)
-    choice = choice.clamp(max=p.shape[-1] - 1)
-    return (choice if ids is None else ids.gather(-1, choice))[:, 0]
+    return choice.clamp(max=p.shape[-1] - 1)
 
 
 @dataclass
 class Result:
-    """What one call generated. Times in seconds; a step's time is that of one token per row."""
+    """What one call generated. Times in seconds; a step's time is that of one token per row.
+
+    Of speculative decoding: `accept_counts[n]` is how many rounds accepted n proposed tokens;
+    `note` says why speculation was switched off, if it was.
+    """
 
     token_ids: list[list[int]]
     prompt_tokens: int
     time_to_first_token_s: float
     step_s: list[float] = field(default_factory=list)
+    accept_counts: list[int] = field(default_factory=list)
+    note: str | None = None
+
+
+class Rows:
+    """What the rows of a batch have said so far, and which of them have ended."""
+
+    def __init__(self, count: int, eos_ids: Set[int], on_token: Callable | None):
+        self.texts: list[list[int]] = [[] for _ in range(count)]
+        self.done, self.eos_ids, self.on_token = [False] * count, eos_ids, on_token
+
+    def take(self, newest: list[int]) -> bool:
+        """Add one token to every row that goes on; True once all have ended."""
+        for row, token in enumerate(newest):
+            self.done[row] |= token in self.eos_ids
+            if not self.done[row]:
+                self.texts[row].append(token)
+        if self.on_token and not all(self.done):
+            pairs = zip(newest, self.done, strict=True)
+            self.on_token([None if done else token for token, done in pairs])
+        return all(self.done)
 
 
 class Clock:
     """Marks moments without making the host wait: events on CUDA, the host's clock elsewhere."""
 
     def __init__(self, device: torch.device):
-        self.cuda, self.marks = device.type == "cuda", []
+        self.cuda, self.marks, self.tokens = device.type == "cuda", [], []
 
-    def mark(self) -> None:
+    def mark(self, tokens: int = 1) -> None:
+        """Here ends a step that made so many tokens (the first mark ends none)."""
+        self.tokens.append(tokens)
         if self.cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -95,17 +127,14 @@ class Clock:
             self.marks.append(time.perf_counter())
 
     def intervals(self) -> list[float]:
-        """Seconds between neighbouring marks."""
+        """Seconds of each token: between neighbouring marks, shared by the tokens made there."""
+        pairs = list(zip(self.marks, self.marks[1:], strict=False))
         if self.cuda:
             torch.cuda.synchronize()
-            pairs = zip(self.marks, self.marks[1:], strict=False)
-            return [a.elapsed_time(b) / 1e3 for a, b in pairs]
-        return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
-
-
-def bucket(length: int) -> int:
-    """The smallest bucket that holds `length` tokens, or the largest bucket."""
-    return next((b for b in BUCKETS if b >= length), BUCKETS[-1])
+            seconds = [a.elapsed_time(b) / 1e3 for a, b in pairs]
+        else:
+            seconds = [b - a for a, b in pairs]
+        return [s / n for s, n in zip(seconds, self.tokens[1:], strict=True) for _ in range(n)]
 
 
 def cache_length(tokens: int) -> int:
@@ -120,6 +149,9 @@ class Engine:
         compile_mode: None runs eagerly; otherwise torch.compile's mode for the decode step.
         compile_prefill: compile the prefill of each bucket too.
         kv_cache: "bf16" (the model's dtype) or "int8".
+        buckets: sizes of prefill chunks, ascending. None: chunks of the largest bucket and the rest
+            unpadded, compiled for a dynamic length.
+        spare: slots beyond `length`, written to but never kept.
     """
 
     def __init__(
@@ -133,13 +165,15 @@ class Engine:
         compile_mode: str | None = None,
         compile_prefill: bool = False,
         seed: int = 0,
+        buckets: tuple[int, ...] | None = BUCKETS,
+        spare: int = 0,
     ):
         if length > model.config.max_positions:
             limit = model.config.max_positions
             raise UserError(f"{length} tokens asked for, but the model's context is {limit}")
         self.model, self.sampling, self.batch, self.length = model, sampling, batch, length
         self.device = model.tok_embeddings.weight.device
-        self.slots = cache_length(length)
+        self.slots, self.buckets = cache_length(length + spare), buckets
         model.setup_cache(batch, self.slots, kv_cache)
         model.fuse()
         self.generator = torch.Generator().manual_seed(seed)
@@ -150,8 +184,11 @@ class Engine:
         if compile_mode is not None:
             self.decode_step = torch.compile(self._decode_step, mode=compile_mode, fullgraph=True)
             if compile_prefill:
-                self.prefill_step = torch.compile(self._prefill_step, fullgraph=True, dynamic=False)
-                self.warm_sizes = [b for b in BUCKETS if b < length]
+                dynamic = buckets is None
+                self.prefill_step = torch.compile(
+                    self._prefill_step, fullgraph=True, dynamic=dynamic
+                )
+                self.warm_sizes = [b for b in buckets or BUCKETS if b < length]
 
     def _decode_step(self, token: Tensor, start: Tensor, u: Tensor) -> Tensor:
         """token [B, 1] at positions start [B] -> the next token [B, 1]."""
@@ -161,6 +198,13 @@ class Engine:
     def _prefill_step(self, tokens: Tensor, start: Tensor, last: Tensor) -> Tensor:
         """A chunk [B, T] at positions start [B] -> logits [B, V] after its rows last[b]."""
         return self.model(tokens, start, last)[:, -1]
+
+    def chunk(self, tokens: int) -> int:
+        """The size of the next chunk where `tokens` are left: a bucket that holds them, or the
+        largest."""
+        if self.buckets is None:
+            return min(tokens, BUCKETS[-1])
+        return min(next((b for b in self.buckets if b >= tokens), self.buckets[-1]), self.slots)
 
     def uniforms(self, steps: int) -> Tensor:
         """[steps, B] numbers in [0, 1) for as many draws."""
@@ -175,7 +219,7 @@ class Engine:
         lengths = [len(p) for p in prompts]
         end, logits, position = max(lengths), None, first
         while position < end:
-            size = min(bucket(end - position), self.slots)
+            size = self.chunk(end - position)
             # A chunk that would run past the cache's end begins earlier and repeats some tokens.
             begin = min(position, self.slots - size)
             chunk = torch.zeros(len(prompts), size, dtype=torch.int64)
@@ -196,7 +240,7 @@ class Engine:
         self,
         prompts: list[list[int]],
         max_new_tokens: int,
-        eos_ids: frozenset[int] | set[int] = frozenset(),
+        eos_ids: Set[int] = frozenset(),
         on_token: Callable[[list[int | None]], None] | None = None,
     ) -> Result:
         """Continue every prompt until its own end-of-sequence token or `max_new_tokens`.
@@ -211,19 +255,7 @@ class Engine:
         """
         self._check(prompts, max_new_tokens)
         first = self._shared_prefix(prompts[0]) if self.batch == 1 else 0
-        outputs: list[list[int]] = [[] for _ in prompts]
-        done = [False] * len(prompts)
-
-        def take(token: Tensor) -> bool:
-            newest = token[:, 0].tolist()  # waits for the step before the one that runs now
-            for row, t in enumerate(newest):
-                done[row] |= t in eos_ids
-                if not done[row]:
-                    outputs[row].append(t)
-            if on_token and not all(done):
-                on_token([None if d else t for t, d in zip(newest, done, strict=True)])
-            return all(done)
-
+        rows, clock = Rows(len(prompts), eos_ids, on_token), Clock(self.device)
         u = self.uniforms(max_new_tokens)
         begin = time.perf_counter()
         with torch.inference_mode():
@@ -232,23 +264,25 @@ class Engine:
             start = torch.tensor([len(p) for p in prompts], device=self.device)
             token.tolist()
             first_token_s = time.perf_counter() - begin
-            clock = Clock(self.device)
             clock.mark()
-            stopped = False
             with self._guards():
-                for i in range(1, max_new_tokens):
-                    previous = token.clone()  # a replayed CUDA graph writes over its last output
-                    token = self.decode_step(previous, start, u[i])
-                    start += 1
-                    clock.mark()
-                    if stopped := take(previous):
-                        break
-            if not stopped:
-                take(token)
-        self.cached = [*prompts[0], *outputs[0]][: self.length] if self.batch == 1 else []
+                self._decode(token, start, u[1:], rows, clock)
+        self.cached = [*prompts[0], *rows.texts[0]][: self.length] if self.batch == 1 else []
         # The newest token was sampled but never run: its slot is not filled yet.
         self.cached = self.cached[:-1]
-        return Result(outputs, max(map(len, prompts)), first_token_s, clock.intervals())
+        return Result(rows.texts, max(map(len, prompts)), first_token_s, clock.intervals())
+
+    def _decode(self, token: Tensor, start: Tensor, u: Tensor, rows: Rows, clock: Clock) -> None:
+        """Go on from `token` [B, 1], to be run at positions `start` [B]: a step per row of u."""
+        for uniform in u:
+            previous = token.clone()  # a replayed CUDA graph writes over its last output
+            token = self.decode_step(previous, start, uniform)
+            start += 1
+            clock.mark()
+            # waits for the step before the one that runs now
+            if rows.take(previous[:, 0].tolist()):
+                return
+        rows.take(token[:, 0].tolist())
 
     def _guards(self) -> contextlib.AbstractContextManager:
         """From the second call on, run the compiled step without looking at its guards.

@@ -1,9 +1,14 @@
 """What the command lines share: a user's mistake is one line and exit code 2; progress lines."""
 
+import os
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 import torch
+
+_stderr: TextIO | None = None  # the real one, once muted
+_prefix = ""  # of an error's line, once muted
 
 
 class UserError(Exception):
@@ -25,12 +30,22 @@ def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def mute(prefix: str) -> None:
+    """Of several processes only one talks: this one says nothing but why it failed."""
+    global _stderr, _prefix
+    _stderr, _prefix = sys.stderr, prefix
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for good)
+
+
 def cli(main: Callable[[], None]) -> None:
     """Run a script's `main`: exit 2 with one line on a `UserError`, 130 on Ctrl-C."""
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{_prefix}error: {error}", file=_stderr or sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BaseException:
+        sys.stderr = _stderr or sys.stderr  # for the traceback
+        raise

@@ -7,6 +7,7 @@ over its time, beside what this machine reads at best in the same run.
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -14,17 +15,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import tp
+from chat import Streamer, chat, render_chat
 from checkpoint import load_model, open_checkpoint
 from engine import Engine, Result, Sampling, compiled_graphs, configure_compiler
 from errors import UserError, check_device, cli, progress
 from kernels import native
 from measure import device_name, peak_memory, read_bandwidth, spread
-from model import CONFIGS
+from model import CONFIGS, Transformer
 from modes import FLOAT_MODES, head_mode, parse_mode
+from prompts import encode_prompt, open_tokenizer, read_prompts
 from quantize import quantize_
 from random_weights import random_model
-from tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from speculative import SpeculativeEngine
 
+DRAFT_K, LOOKUP_K = 5, 7
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -43,8 +48,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load(args: argparse.Namespace, random_name: str | None = None):
-    """The model that the shared flags ask for -> (Transformer, mode name, directory or None)."""
+    """The model that the shared flags ask for -> (Transformer, mode name, directory or None).
+
+    Of the processes of torchrun each gets its share (tp.py).
+    """
     check_device(args.device)
+    ranks = tp.start(args.device)
     if args.threads is not None:
         if args.threads < 1:
             raise UserError(f"--threads {args.threads}: must be at least 1")
@@ -55,20 +64,26 @@ def load(args: argparse.Namespace, random_name: str | None = None):
     dtype = PRECISIONS.get(args.precision)
     mode = parse_mode(args.quantization, args.groupsize) if args.quantization else None
     if random_name is not None:
-        dtype = dtype or torch.bfloat16
-        model = random_model(CONFIGS[random_name], mode, args.device, dtype)
+        dtype, config = dtype or torch.bfloat16, CONFIGS[random_name]
+        if ranks:
+            model = tp.load_ranked(ranks, None, config, mode, args.device, dtype)
+        else:
+            model = random_model(config, mode, args.device, dtype)
         return model, str(mode) if mode else "bf16", None
     checkpoint = open_checkpoint(args.checkpoint_path)
     if mode and checkpoint.header.get("layers"):
         raise UserError(f"{checkpoint.path} is quantized already: leave --quantization out")
-    model = load_model(checkpoint, args.device, dtype)
+    if ranks:
+        model = tp.load_ranked(ranks, checkpoint, checkpoint.config, mode, args.device, dtype)
+    else:
+        model = load_model(checkpoint, args.device, dtype)
     names = {dtype: name for name, dtype in FLOAT_MODES.items()}
     name = checkpoint.header.get("mode") or names[model.tok_embeddings.weight.dtype]
-    if mode:
+    if mode and not ranks:
         head = head_mode(mode, None)
         quantize_(model, str(mode), mode.groupsize, skip=lambda n: n == "output")
         quantize_(model, str(head), head.groupsize)
-        name = str(mode)
+    name = str(mode) if mode else name
     return model, name, checkpoint.directory
 
 
@@ -101,6 +116,10 @@ def report(engine: Engine, results: list[Result], args, mode: str, compile_s: fl
     read, batch = step_bytes(engine, position), engine.batch
     step = spread(steps)
     bandwidth = read / step["p50"] if steps else float("nan")
+    speeds = [batch / s for s in steps]
+    if last.accept_counts:  # a round makes several tokens: a sample's speed is all over all
+        read = bandwidth = None
+        speeds = [len(r.step_s) / sum(r.step_s) for r in results if r.step_s]
     return {
         "model": str(args.random_weights or args.checkpoint_path or "smollm2-135m-instruct"),
         "mode": mode, "device": device_name(args.device), "threads": torch.get_num_threads(),
@@ -108,121 +127,52 @@ def report(engine: Engine, results: list[Result], args, mode: str, compile_s: fl
         "batch_size": batch, "prompt_tokens": last.prompt_tokens,
         "new_tokens": [len(ids) for r in results for ids in r.token_ids], "compile_s": compile_s,
         "time_to_first_token_s": statistics.median(r.time_to_first_token_s for r in results),
-        "decode_tokens_per_s": spread(batch / s for s in steps), "step_s": step,
-        "weight_bytes": weight_bytes(engine.model), "bytes_per_token": read // batch,
+        "decode_tokens_per_s": spread(speeds), "step_s": step,
+        "weight_bytes": weight_bytes(engine.model), "bytes_per_token": read and read // batch,
         "bandwidth_bytes_per_s": bandwidth,
         "read_bandwidth_bytes_per_s": read_bandwidth(args.device),
         "peak_memory_bytes": peak_memory(args.device),
-        "token_ids": [ids for r in results for ids in r.token_ids],
+        "token_ids": [ids for r in results for ids in r.token_ids], **speculation(results),
     }  # fmt: skip
+
+
+def speculation(results: list[Result]) -> dict:
+    """How many rounds accepted 0, 1, ... k guesses, and why it stopped; {} without speculation."""
+    if not results[-1].accept_counts:
+        return {}
+    counts = [sum(c) for c in zip(*(r.accept_counts for r in results), strict=True)]
+    return {"accept_counts": counts, "notes": sorted({r.note for r in results if r.note})}
 
 
 def print_report(figures: dict) -> None:
     """The report, for people, on stderr."""
     speed, step = figures["decode_tokens_per_s"], figures["step_s"]
-    percent = 100 * figures["bandwidth_bytes_per_s"] / figures["read_bandwidth_bytes_per_s"]
     noisy = "  (noisy: spread over 5%)" if step["std"] > 0.05 * step["mean"] else ""
-    print(
+    lines = [
         f"{figures['mode']} on {figures['device']}, {figures['threads']} threads; prompt "
-        f"{figures['prompt_tokens']} tokens, batch {figures['batch_size']}\n"
+        f"{figures['prompt_tokens']} tokens, batch {figures['batch_size']}",
         f"time to first token {figures['time_to_first_token_s'] * 1e3:.1f} ms; compile and "
-        f"warm-up {figures['compile_s']:.1f} s; recompiles {figures['recompiles']}\n"
+        f"warm-up {figures['compile_s']:.1f} s; recompiles {figures['recompiles']}",
         f"decode {speed['p50']:.1f} tokens/s (median; mean {speed['mean']:.1f}, "
-        f"std {speed['std']:.1f}){noisy}\n"
-        f"reads {figures['bytes_per_token'] / 1e6:.1f} MB a token: "
-        f"{figures['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s, {percent:.0f}% of the "
-        f"{figures['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s this machine reads; "
-        f"peak memory {figures['peak_memory_bytes'] / 1e6:.0f} MB",
-        file=sys.stderr,
-    )
-
-
-def encode_prompt(prompt: str, tokenizer: Tokenizer | None, vocab: int, seed: int) -> list[int]:
-    """Token ids of a text, or, where it is an integer, a synthetic prompt of that length."""
-    if prompt.isdecimal():
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(0, vocab, (int(prompt),), generator=generator).tolist()
-    if tokenizer is None:
-        raise UserError("random weights have no tokenizer: give --prompt a number of tokens")
-    ids = tokenizer.encode(prompt)
-    if not ids and tokenizer.bos_id is not None:
-        ids = [tokenizer.bos_id]
-    if not ids:
-        raise UserError("empty prompt, and this tokenizer has no BOS token to start from")
-    return ids
-
-
-def open_tokenizer(directory: Path | None, model: nn.Module, required: bool) -> Tokenizer | None:
-    """The tokenizer beside a checkpoint, checked against the model's vocabulary.
-
-    None, where it is not `required`, for random weights and directories without tokenizer files.
-    """
-    files = ("tokenizer.json", "tokenizer.model")
-    if directory is None or (not required and not any((directory / f).exists() for f in files)):
-        return None
-    try:
-        tokenizer = load_tokenizer(directory)
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from None
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, the model "
-            f"{model.config.vocab_size}: they do not belong together"
+        f"std {speed['std']:.1f}){noisy}",
+    ]
+    if counts := figures.get("accept_counts"):
+        rounds = max(1, sum(counts))
+        made = sum((n + 1) * c for n, c in enumerate(counts)) / rounds
+        lines.append(
+            f"speculation: {sum(counts)} rounds of {made:.2f} tokens; rounds that accepted 0, 1, "
+            f"... {len(counts) - 1} guesses: {' '.join(map(str, counts))}"
         )
-    return tokenizer
-
-
-class Streamer:
-    """Prints a row's tokens as they come, whole characters only."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.decoder = StreamDecoder(tokenizer)
-
-    def __call__(self, newest: list[int | None]) -> None:
-        if newest[0] is not None:
-            print(self.decoder.push(newest[0]), end="", flush=True)
-
-    def close(self) -> None:
-        print(self.decoder.finish(), flush=True)
-
-
-def render_chat(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
-    """The conversation's token ids, a template's complaint as a UserError."""
-    try:
-        return tokenizer.chat(messages)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def chat(engine: Engine, tokenizer: Tokenizer, max_new_tokens: int) -> None:
-    """Talk through the model's own template until an empty line or end of input.
-
-    The whole conversation is rendered each turn; the engine runs only what its cache lacks.
-    """
-    messages = []
-    while True:
-        try:
-            text = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if not text:
-            return
-        messages.append({"role": "user", "content": text})
-        prompt = render_chat(tokenizer, messages)
-        while len(prompt) + max_new_tokens > engine.length:
-            if len(messages) == 1:
-                raise UserError(
-                    f"this message and {max_new_tokens} new tokens do not fit the context of "
-                    f"{engine.length} tokens: raise --cache_size or lower --max_new_tokens"
-                )
-            print("(the context is full: the oldest turn is forgotten)", file=sys.stderr)
-            messages = messages[2:]
-            prompt = render_chat(tokenizer, messages)
-        streamer = Streamer(tokenizer)
-        result = engine.generate([prompt], max_new_tokens, tokenizer.eos_ids, streamer)
-        streamer.close()
-        reply = tokenizer.decode(result.token_ids[0])
-        messages.append({"role": "assistant", "content": reply})
+        lines += figures["notes"]
+    else:
+        percent = 100 * figures["bandwidth_bytes_per_s"] / figures["read_bandwidth_bytes_per_s"]
+        lines.append(
+            f"reads {figures['bytes_per_token'] / 1e6:.1f} MB a token: "
+            f"{figures['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s, {percent:.0f}% of the "
+            f"{figures['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s this machine reads; "
+            f"peak memory {figures['peak_memory_bytes'] / 1e6:.0f} MB"
+        )
+    print("\n".join(lines), file=sys.stderr)
 
 
 def parse_args() -> argparse.Namespace:
@@ -233,6 +183,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--prompt", default="Hello, my name is",
         help="text, or an integer for a synthetic prompt of that length")  # fmt: skip
+    add("--prompts", type=Path, metavar="FILE",
+        help="one prompt a line, or JSONL of {'prompt': text}: all in one batch")  # fmt: skip
     add("--interactive", action="store_true", help="chat through the model's own template")
     add("--num_samples", type=int, default=1)
     add("--max_new_tokens", type=int, default=200)
@@ -250,6 +202,13 @@ def parse_args() -> argparse.Namespace:
         choices=["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
     )
     add("--compile_prefill", action="store_true", help="compile the prefill of each bucket too")
+    add(
+        "--draft_checkpoint_path", type=Path, help="speculate: a smaller or quantized model guesses"
+    )
+    add("--prompt_lookup", action="store_true",
+        help="speculate: the text so far guesses, no draft model needed")  # fmt: skip
+    add("--speculate_k", type=int, metavar="K",
+        help=f"guesses a round; default: {DRAFT_K} of a draft, {LOOKUP_K} looked up")  # fmt: skip
     add("--profile", type=Path, help="write a Chrome trace of one sample's decoding here")
     add("--kv_cache", choices=["bf16", "int8"], default="bf16")
     add("--cache_size", type=int, help="cache slots; default: prompt + new tokens (chat: 2048)")
@@ -260,16 +219,47 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_samples(engine: Engine, prompt: list[int], args, tokenizer, eos: set[int]) -> list[Result]:
-    """Generate `num_samples` times, streaming row 0, and trace the last where asked to."""
+def make_engine(model: Transformer, length: int, batch: int, args: argparse.Namespace) -> Engine:
+    """The engine that the command line asks for: plain, or speculating."""
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
+    settings = {
+        "batch": batch, "length": length, "kv_cache": args.kv_cache, "seed": args.seed,
+        "compile_mode": args.compile_mode if args.compile else None,
+        "compile_prefill": args.compile and args.compile_prefill,
+    }  # fmt: skip
+    draft_path, lookup, k = args.draft_checkpoint_path, args.prompt_lookup, args.speculate_k
+    if draft_path is None and not lookup:
+        if k is not None:
+            raise UserError("--speculate_k needs --draft_checkpoint_path or --prompt_lookup")
+        return Engine(model, sampling, **settings)
+    if lookup and draft_path is not None:
+        raise UserError("--prompt_lookup needs no draft: leave --draft_checkpoint_path out")
+    draft = None
+    if draft_path is not None:
+        flags = {"checkpoint_path": draft_path, "quantization": None}
+        draft = load(argparse.Namespace(**{**vars(args), **flags}))[0]
+    k = (LOOKUP_K if lookup else DRAFT_K) if k is None else k
+    # All ranks must agree when to stop speculating: each measures times of its own.
+    settings["agree"] = lambda verdict: tp.from_rank_0(lambda: verdict)
+    return SpeculativeEngine(model, sampling, k, draft, **settings)
+
+
+def run_samples(
+    engine: Engine, prompts: list[list[int]], texts: list[str], args, tokenizer, eos: set[int]
+) -> list[Result]:
+    """Generate `num_samples` times, and trace the last where asked to.
+
+    Row 0 streams as it comes; several prompts are printed when all rows have ended.
+    """
     results = []
     for i in range(args.num_samples):
         engine.cached = []  # each sample's time to first token includes its whole prefill
-        streamer = Streamer(tokenizer) if tokenizer else None
+        streamer = Streamer(tokenizer) if tokenizer and not args.prompts else None
         if streamer:
-            print(args.prompt if not args.prompt.isdecimal() else "", end="", flush=True)
-        call = ([prompt] * engine.batch, args.max_new_tokens, eos, streamer)
-        if args.profile and i == args.num_samples - 1:
+            print(texts[0] if not texts[0].isdecimal() else "", end="", flush=True)
+        call = (prompts, args.max_new_tokens, eos, streamer)
+        first = os.environ.get("RANK", "0") == "0"
+        if args.profile and first and i == args.num_samples - 1:
             with torch.profiler.profile() as trace:
                 results.append(engine.generate(*call))
             trace.export_chrome_trace(str(args.profile))
@@ -277,43 +267,55 @@ def run_samples(engine: Engine, prompt: list[int], args, tokenizer, eos: set[int
             results.append(engine.generate(*call))
         if streamer:
             streamer.close()
+        elif tokenizer:
+            for text, ids in zip(texts, results[-1].token_ids, strict=True):
+                print(f"{text}{tokenizer.decode(ids)}\n", flush=True)
     return results
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    if min(args.num_samples, args.batch_size, args.max_new_tokens) < 1:
+        raise UserError("--num_samples, --batch_size and --max_new_tokens must be at least 1")
+    if args.prompts and (args.interactive or args.batch_size > 1):
+        raise UserError("--prompts is a batch of its own: leave --interactive, --batch_size out")
 
 
 def main() -> None:
     args = parse_args()
-    if min(args.num_samples, args.batch_size, args.max_new_tokens) < 1:
-        raise UserError("--num_samples, --batch_size and --max_new_tokens must be at least 1")
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
+    check(args)
+    texts = read_prompts(args.prompts) if args.prompts else [args.prompt] * args.batch_size
     model, mode, directory = load(args, args.random_weights)
-    tokenizer = open_tokenizer(directory, model, required=not args.prompt.isdecimal())
+    synthetic = not args.prompts and args.prompt.isdecimal()
+    tokenizer = open_tokenizer(directory, model, required=not synthetic)
     if args.compile:
         configure_compiler()
     if args.interactive:
         if tokenizer is None:
             raise UserError("--interactive needs a model with a tokenizer")
         render_chat(tokenizer, [{"role": "user", "content": "Hello"}])  # before a long compile
-        prompt, length = [1], args.cache_size or min(2048, model.config.max_positions)
+        prompts, length = [[1]], args.cache_size or min(2048, model.config.max_positions)
     else:
-        prompt = encode_prompt(args.prompt, tokenizer, model.config.vocab_size, args.seed)
-        length = args.cache_size or len(prompt) + args.max_new_tokens
-    engine = Engine(
-        model, sampling, batch=args.batch_size, length=length, kv_cache=args.kv_cache,
-        compile_mode=args.compile_mode if args.compile else None,
-        compile_prefill=args.compile and args.compile_prefill, seed=args.seed,
-    )  # fmt: skip
+        vocab = model.config.vocab_size
+        prompts = [encode_prompt(t, tokenizer, vocab, args.seed, synthetic) for t in texts]
+        length = args.cache_size or max(map(len, prompts)) + args.max_new_tokens
+    engine = make_engine(model, length, len(prompts), args)
     if args.compile:
         progress("compiling the decode step (half a minute the first time) ...")
-    compile_s = engine.warm_up(len(prompt))
+    compile_s = engine.warm_up(max(map(len, prompts)))
     progress("")
     graphs = compiled_graphs()
     eos = set() if args.ignore_eos or tokenizer is None else tokenizer.eos_ids
     if args.interactive:
         chat(engine, tokenizer, args.max_new_tokens)
         return
-    results = run_samples(engine, prompt, args, tokenizer, eos)
+    results = run_samples(engine, prompts, texts, args, tokenizer, eos)
+    if os.environ.get("RANK", "0") != "0":
+        return
     figures = report(engine, results, args, mode, compile_s)
     figures["recompiles"] = compiled_graphs() - graphs
+    if "WORLD_SIZE" in os.environ:
+        figures["processes"] = int(os.environ["WORLD_SIZE"])
     if tokenizer:
         figures["texts"] = [tokenizer.decode(ids) for ids in figures["token_ids"]]
     print_report(figures)

@@ -46,7 +46,7 @@ def test_sharded_directory_equals_single_file(tmp_path, tiny):
 def test_rows_of_a_fused_weight(tiny):
     source = open_checkpoint(tiny)
     whole = source.tensor("layers.1.attention.wqkv.weight")
-    rows = [slice(12, 24), slice(0, 12), slice(3, 5)]
+    rows = [slice(12, 24), slice(72, 84), slice(99, 101)]
     part = source.tensor("layers.1.attention.wqkv.weight", rows)
     assert torch.equal(part, torch.cat([whole[12:24], whole[72:84], whole[99:101]]))
 

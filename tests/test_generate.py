@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from tiny import save_tiny
+from tiny_text import save_tiny_with_tokenizer
 
 import generate
 from errors import cli
@@ -131,3 +132,89 @@ def test_vocabulary_that_does_not_match(run, tiny, default_model):
 def test_empty_prompt(run, default_model):
     code, _, err = run("--checkpoint_path", default_model, "--prompt", "", "--max_new_tokens", 2)
     assert code == 0, err  # SmolLM2 has a BOS token to start from
+
+
+def test_speculation_gives_the_same_text(run, tmp_path):
+    """Prompt lookup and a draft, through the command line; the acceptance is in the JSON."""
+    tiny = save_tiny_with_tokenizer(tmp_path / "tiny")[0]
+    flags = ["--checkpoint_path", tiny, "--prompt", "one two three one two three one two three",
+             "--temperature", 0, "--max_new_tokens", 60, "--ignore_eos",
+             "--json", tmp_path / "g.json"]  # fmt: skip
+    texts = []
+    for extra in ([], ["--prompt_lookup"], ["--draft_checkpoint_path", tiny, "--speculate_k", 3]):
+        code, out, err = run(*flags, *extra)
+        assert code == 0, err
+        figures = json.loads((tmp_path / "g.json").read_text())
+        texts.append(figures["texts"])
+        assert texts[0][0] in out
+        if extra:
+            assert set(figures) == {*KEYS, "accept_counts", "notes"} and "speculation:" in err
+            assert len(figures["accept_counts"]) == (4 if "--speculate_k" in extra else 8)
+    assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("jsonl", [False, True])
+def test_prompts_of_a_file_run_in_one_batch(run, tmp_path, jsonl):
+    """Different lengths, each row's greedy text and ids equal to its own run's."""
+    tiny = save_tiny_with_tokenizer(tmp_path / "tiny")[0]
+    prompts = ["Once", "a much longer prompt, with " + "very " * 30 + "many words", "two words"]
+    lines = [json.dumps({"prompt": p}) for p in prompts] if jsonl else prompts
+    (tmp_path / "p.txt").write_text("\n".join(lines) + "\n")
+    flags = ["--checkpoint_path", tiny, "--temperature", 0, "--max_new_tokens", 40,
+             "--cache_size", 256, "--json", tmp_path / "g.json"]  # fmt: skip
+    alone = []
+    for prompt in prompts:
+        assert run(*flags, "--prompt", prompt)[0] == 0
+        alone.append(json.loads((tmp_path / "g.json").read_text()))
+    code, out, err = run(*flags, "--prompts", tmp_path / "p.txt")
+    assert code == 0, err
+    figures = json.loads((tmp_path / "g.json").read_text())
+    assert figures["batch_size"] == 3
+    assert figures["token_ids"] == [a["token_ids"][0] for a in alone]
+    assert figures["texts"] == [a["texts"][0] for a in alone]
+    for prompt, text in zip(prompts, figures["texts"], strict=True):
+        assert prompt + text in out
+
+
+def test_a_number_in_a_file_of_prompts_is_text(run, tmp_path):
+    tiny = save_tiny_with_tokenizer(tmp_path / "tiny")[0]
+    (tmp_path / "p.txt").write_text("42")
+    code, _, err = run("--checkpoint_path", tiny, "--prompts", tmp_path / "p.txt",
+                       "--max_new_tokens", 3, "--json", tmp_path / "g.json")  # fmt: skip
+    assert code == 0, err
+    assert json.loads((tmp_path / "g.json").read_text())["prompt_tokens"] <= 2
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "is empty"),
+        (b"one\n\ntwo\n", ":2: empty prompt"),
+        (b'{"prompt": "a"}\n{"prompt"\n', ":2: not a JSON object"),
+        (b'{"text": "a"}\n', ":1: not a JSON object"),
+        (b'{"prompt": 5}\n', ":1: empty prompt"),
+        (b"\xff\xfe\n", "cannot read"),
+        (None, "cannot read"),
+    ],
+)
+def test_bad_prompt_files(run, tiny, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "p").write_bytes(content)
+    code, _, err = run("--checkpoint_path", tiny, "--prompts", tmp_path / "p")
+    assert code == 2 and message in err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--prompt_lookup", "--batch_size", 2], "batches of 1"),
+        (["--speculate_k", 3], "needs --draft_checkpoint_path or --prompt_lookup"),
+        (["--prompt_lookup", "--draft_checkpoint_path", "x"], "leave --draft_checkpoint_path out"),
+        (["--draft_checkpoint_path", "nowhere"], "no checkpoint at nowhere"),
+        (["--prompt_lookup", "--speculate_k", 0], "--speculate_k 0"),
+        (["--prompts", "x", "--batch_size", 2], "a batch of its own"),
+    ],
+)
+def test_speculation_and_batches_that_do_not_go_together(run, tiny, args, message):
+    code, _, err = run("--checkpoint_path", tiny, "--prompt", 5, *args)
+    assert code == 2 and message in err.strip().splitlines()[-1]

@@ -1,0 +1,65 @@
+"""predict.py: bytes agree with models that are really made, the long-context bound, predictions."""
+
+import pytest
+import torch
+
+from engine import Engine, Sampling
+from errors import UserError
+from generate import step_bytes
+from generate import weight_bytes as measured_bytes
+from model import CONFIGS
+from modes import parse_mode
+from predict import (
+    DEVICES,
+    cache_bytes,
+    communication,
+    memory_bytes,
+    predict,
+    prediction_table,
+    weight_bytes,
+)
+from random_weights import random_model
+
+LLAMA = CONFIGS["llama-3.1-8b"]
+
+
+def test_llama_at_full_context_fits_in_14_8_gb():
+    """int4 g64 weights, int8 cache, 131072 tokens; the published peak is 18.9 GB."""
+    parts = memory_bytes(LLAMA, "int4", 64, 131072, "int8")
+    assert parts["cache"] == 32 * 2 * 8 * 131072 * (128 + 2)
+    assert parts["total"] == sum(v for k, v in parts.items() if k != "total")
+    assert 13e9 < parts["total"] <= 14.8e9
+
+
+@pytest.mark.parametrize("mode", ["bf16", "int8", "uint5"])
+def test_weight_bytes_are_those_of_a_model(mode):
+    config = CONFIGS["tiny"]
+    model = random_model(config, None, "cpu", torch.bfloat16)
+    engine = Engine(model, Sampling(0), length=64)
+    total, read = weight_bytes(config, "bf16")
+    assert total == measured_bytes(model) and read == step_bytes(engine, 0)
+    assert cache_bytes(config, 64) == step_bytes(engine, 64) - read
+    assert weight_bytes(config, mode)[0] <= total
+
+
+def test_quantized_bytes_by_hand():
+    layers = 32 * (4096 * 6144 + 4096 * 4096 + 4096 * 28672 + 14336 * 4096)
+    head, norms = 128256 * 4096, (2 * 32 + 1) * 4096 * 2
+    total, read = weight_bytes(LLAMA, "int4", 64)
+    assert read == layers * 4.5 / 8 + head + 128256 * 2 + norms
+    assert total == read + 2 * head
+
+
+def test_predictions_are_consistent():
+    """More devices are faster, but never by more than their number; 405B in bf16 fits nowhere."""
+    for name in ("llama-3.1-8b", "llama-3-70b"):
+        speeds = [predict(CONFIGS[name], "int4", DEVICES["H200"], n) for n in (1, 2, 4, 8)]
+        assert speeds == sorted(speeds) and speeds[3] < 8 * speeds[0]
+    assert predict(CONFIGS["llama-3.1-405b"], "bf16", DEVICES["H100"], 8) is None
+    assert communication(LLAMA, 2)["collectives"] == 66
+    assert communication(LLAMA, 2)["bytes"] == 65 * 4096 * 2 + 128256
+    rows = prediction_table("int4").splitlines()
+    assert len(rows) == 5 and len({row.count("|") for row in rows}) == 1
+    with pytest.raises(UserError, match="name one format"):
+        weight_bytes(LLAMA, "autoquant")
+    assert parse_mode("int4").groupsize == 64
