@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import native
+from kernels.choice import load_triton, triton_on
 
 
 def attention_reference(
@@ -87,6 +88,9 @@ def attention(
     Returns:
         [B, H, T, D] in q's dtype.
     """
-    if q.device.type == "cpu" and native.loaded():
+    if native.serves(q):
         return torch.ops.flatllama.attention(q, k, v, start, k_scale, v_scale, None)
+    if triton_on(q.device):
+        load_triton()
+        return torch.ops.flatllama.triton_attention(q, k, v, start, k_scale, v_scale)
     return torch.ops.flatllama.sdpa_filled(q, k, v, start, k_scale, v_scale)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from kernels import affine, native
+from kernels.cuda.layout import lane_planes
+from kernels.cuda.weight import TritonWeight
 from kernels.linear import Grid, Params, QuantizedLinear
 from kernels.packing import pack, packed_size, unpack
 
@@ -93,8 +95,17 @@ class Int4Linear(QuantizedLinear):
         )
         return (codes.float() - 8) * scale + zero
 
+    def triton_weight(self) -> TritonWeight:
+        return TritonWeight(
+            self.out_features, self.in_features, "integer",
+            lane_planes(self.weight, 4, self.in_features), bits=4, groupsize=self.groupsize,
+            scales=self.scales.t(), zeros=self.zeros.t(), zero="float",
+        )  # fmt: skip
+
     def repack(self) -> None:
-        if self.weight is not None and self.weight.device.type == "cpu" and native.load():
+        if self.repack_for_triton():
+            return
+        if self.weight is not None and native.prepare(self.weight.device):
             self.tiles = torch.ops.flatllama.int4_repack(
                 self.weight, self.scales, self.zeros, self.in_features, self.groupsize
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import affine, native
+from kernels.cuda.weight import TritonWeight
 from kernels.linear import Grid, Params, QuantizedLinear
 
 
@@ -55,8 +56,14 @@ class Int8Linear(QuantizedLinear):
     def stored_weight(self) -> Tensor:
         return self.weight.float() * self.scales.float()[:, None]
 
+    def triton_weight(self) -> TritonWeight:
+        shape = (self.out_features, self.in_features)
+        return TritonWeight(*shape, "int8", [self.weight, None, None], row_scales=self.scales)
+
     def repack(self) -> None:
-        if self.weight is not None and self.weight.device.type == "cpu" and native.load():
+        if self.repack_for_triton():
+            return
+        if self.weight is not None and native.prepare(self.weight.device):
             self.tiles, self.weight = torch.ops.flatllama.int8_repack(self.weight), None
 
     def multiply(self, x: Tensor) -> Tensor:
