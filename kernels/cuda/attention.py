@@ -44,7 +44,7 @@ def attend(
     GROUP: tl.constexpr, R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B H_kv, tiles of R rows, SPLITS). `softmax_scale` is in powers of two: log2(e) / sqrt(D).
+    """Grid (B H_kv, tiles of R rows, SPLITS). `softmax_scale` is log2(e) / sqrt(D).
 
     One split writes out [B, H, T, D]; more write sums out [B H_kv, rows, SPLITS, D] fp32, maxima
     and totals [B H_kv, rows, SPLITS] fp32, rows a multiple of R.

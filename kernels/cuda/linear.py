@@ -17,7 +17,7 @@ from kernels.cuda import products
 from kernels.cuda.launch import Launch, multiprocessors
 from kernels.cuda.layout import DEQUANTIZE_ROWS, LANES, SLOTS
 
-LATE_ROWS = 16  # up to this block of rows group scales meet the sums
+LATE_ROWS = 32  # up to this block of rows the scales of groups without zeros meet the sums
 MAX_SPLITS = 16
 MATVEC_PROGRAMS = 8  # wanted on each multiprocessor, so that enough loads are under way
 MATMUL_PROGRAMS = 2
@@ -40,7 +40,7 @@ class Product:
 
     @property
     def laned(self) -> bool:
-        return self.kind == "sparse" or self.kind != "plain" and self.bits < 8
+        return self.kind == "sparse" or (self.kind != "plain" and self.bits < 8)
 
     @property
     def mid(self) -> int:
@@ -70,16 +70,16 @@ def blocks(product: Product, item: int) -> tuple[dict, dict]:
     """Constants and options of the product's kernel: 4 KiB of weights a program and step."""
     j = lanes(product, item)
     constants = {"SLOTS": SLOTS if product.laned else 1, "J": j, "INTEGER": product.integer}
+    constants["INTERPRET"] = interpreting()
     if product.rows == 1:
-        block_n = 32 if product.laned else max(1, 4096 // (j * item))
-        return constants | {"BLOCK_N": min(block_n, 32)}, {"num_warps": 4, "num_stages": 2}
+        block_n = 64 if product.laned else max(1, 4096 // (j * item))
+        return constants | {"BLOCK_N": min(block_n, 64)}, {"num_warps": 4, "num_stages": 2}
     block_m = next((b for b in (16, 32, 64) if b >= product.rows), 128)
-    late = product.group > 0 and not product.inner and block_m <= LATE_ROWS
+    late = product.group > 0 and product.zero == "none" and not product.inner
     constants |= {
         "BLOCK_N": 64 if block_m <= 32 else 128,
         "BLOCK_M": block_m,
-        "LATE": late and product.one_group_a_tile(),
-        "INTERPRET": interpreting(),
+        "LATE": late and block_m <= LATE_ROWS and product.one_group_a_tile(),
     }
     # Every slot's tile of x is in shared memory once a stage: 8 tiles of [32, BLOCK_M].
     stages = 2 if product.laned and block_m > 32 else 3
@@ -149,6 +149,7 @@ def dequantize_launch(
     }  # fmt: skip
     block_n = 32
     constants = {"SLOTS": SLOTS if product.laned else 1, "J": j, "BLOCK_N": block_n}
+    constants["INTERPRET"] = interpreting()
     grid = (-(-product.n // block_n), -(-stored.shape[1] // j))
     return Launch(
         products.dequantize, grid, arguments, product.constants() | constants, {"num_warps": 4}

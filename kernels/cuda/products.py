@@ -8,70 +8,60 @@
 
 `split` says which part of the columns a program adds up. With one part the program finishes the
 result: times the scale of the weight's row, times the scale of x's row, plus the bias. With more it
-writes fp32 (or int32) sums [splits, M, N], which `reduce` finishes. No atomics: the same input gives
-the same bits. What the tiles hold is said in tiles.py.
+writes fp32 (or int32) sums [splits, M, N], which `reduce` finishes. No atomics: the same input
+gives the same bits. What the tiles hold is said in tiles.py.
 """
 
 import triton
 import triton.language as tl
 
 from kernels.cuda.tiles import (
-    group_columns,
-    group_param,
+    group_scale,
     load_lanes,
     nibble_base,
     nibble_plus,
-    offset_of,
     round_even,
+    same_group,
     value_of,
 )
 
 
 @triton.jit
 def centred(
-    fours, twos, ones, table, slot: tl.constexpr,
-    KIND: tl.constexpr, BITS: tl.constexpr, EXPONENT: tl.constexpr, MID: tl.constexpr,
+    fours, twos, ones, table, slot: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
+    EXPONENT: tl.constexpr, MID: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Values c of a tile; 4-bit integers come as fp32, exact."""
     if KIND == "integer" and BITS == 4:
-        return nibble_plus(fours, slot) - (nibble_base(slot) + MID)
+        return nibble_plus(fours, slot, INTERPRET) - (nibble_base(slot) + MID)
     else:
         return value_of(fours, twos, ones, table, slot, KIND, BITS, EXPONENT, MID)
 
 
 @triton.jit
 def weight_tile(
-    fours, twos, ones, table, scales, zeros, rows, row_ok, first, lanes, n_groups, N,
-    slot: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, EXPONENT: tl.constexpr,
-    MID: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr, INNER: tl.constexpr,
-    J: tl.constexpr,
+    fours, twos, ones, table, s, o, slot: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
+    EXPONENT: tl.constexpr, MID: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr,
+    INNER: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a tile, without the scale of their row; fp32 where groups have scales.
+    """Weights of a tile, without the scale of their row; fp32 where groups have scales s.
 
     INNER: the group's scale takes an integer to an int8 number (w4a8.py), rounded to even.
     """
     if GROUP == 0:
-        return centred(fours, twos, ones, table, slot, KIND, BITS, EXPONENT, MID)
+        return centred(fours, twos, ones, table, slot, KIND, BITS, EXPONENT, MID, INTERPRET)
+    elif KIND == "integer" and BITS == 4 and not INNER:  # c s + o in one fused operation
+        nibble = nibble_plus(fours, slot, INTERPRET)
+        return nibble * s + (o - (nibble_base(slot) + MID) * s)
     else:
-        group = group_columns(first, slot, lanes, KIND, GROUP, J)
-        s = group_param(scales, group, rows, row_ok, n_groups, N)
+        c = centred(fours, twos, ones, table, slot, KIND, BITS, EXPONENT, MID, INTERPRET)
+        w = c.to(tl.float32) * s
         if INNER:
-            c = centred(fours, twos, ones, table, slot, KIND, BITS, EXPONENT, MID)
-            return round_even(c.to(tl.float32) * s)
-        elif KIND == "integer" and BITS == 4:  # c s + o in one fused product and sum
-            base = nibble_base(slot) + MID
-            o = -base * s
-            if ZERO != "none":
-                zero = group_param(zeros, group, rows, row_ok, n_groups, N)
-                o += offset_of(zero, s, ZERO, MID)
-            return nibble_plus(fours, slot) * s + o
+            return round_even(w)
+        elif ZERO == "none":
+            return w
         else:
-            c = centred(fours, twos, ones, table, slot, KIND, BITS, EXPONENT, MID).to(tl.float32)
-            if ZERO != "none":
-                zero = group_param(zeros, group, rows, row_ok, n_groups, N)
-                return c * s + offset_of(zero, s, ZERO, MID)
-            else:
-                return c * s
+            return w + o
 
 
 @triton.jit
@@ -94,6 +84,7 @@ def matvec(
     KIND: tl.constexpr, BITS: tl.constexpr, EXPONENT: tl.constexpr, MID: tl.constexpr,
     ZERO: tl.constexpr, GROUP: tl.constexpr, INNER: tl.constexpr, SLOTS: tl.constexpr,
     J: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, INTEGER: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """x [K] -> out [N], or, not WHOLE, sums [splits, N]. `width`: elements of storage in a row."""
     split = tl.program_id(1)
@@ -110,11 +101,17 @@ def matvec(
         b = load_lanes(twos, start + column[None, :], mask)
         c = load_lanes(ones, start + column[None, :], mask)
         first = chunk * (SLOTS * J)
+        s, o = 0.0, 0.0
         for slot in tl.static_range(SLOTS):
             k = first + slot * J + lanes
+            if not same_group(slot, KIND, GROUP, J):
+                s, o = group_scale(
+                    scales, zeros, first, lanes, rows, row_ok, n_groups, N, slot,
+                    KIND, MID, ZERO, GROUP, J,
+                )  # fmt: skip
             w = weight_tile(
-                a, b, c, table, scales, zeros, rows, row_ok, first, lanes, n_groups, N,
-                slot, KIND, BITS, EXPONENT, MID, ZERO, GROUP, INNER, J,
+                a, b, c, table, s, o, slot, KIND, BITS, EXPONENT, MID, ZERO, GROUP, INNER,
+                INTERPRET,
             )  # fmt: skip
             xk = tl.load(x + k, mask=k < K, other=0)
             if INTEGER:
@@ -160,8 +157,7 @@ def matmul(
 ):  # fmt: skip
     """x [M, K] -> out [M, N], or, not WHOLE, sums [splits, M, N].
 
-    LATE: a group's scale and offset meet the sums, c x s + o sum(x), not every weight: exact
-    operands, and cheaper where BLOCK_M is small.
+    LATE: a group's scale meets the sums, not every weight, so that the operands are exact.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -179,24 +175,24 @@ def matmul(
         b = load_lanes(twos, start + column[None, :], mask)
         c = load_lanes(ones, start + column[None, :], mask)
         first = chunk * (SLOTS * J)
+        s, o = 0.0, 0.0
         for slot in tl.static_range(SLOTS):
             k = first + slot * J + lanes
+            if not same_group(slot, KIND, GROUP, J):
+                s, o = group_scale(
+                    scales, zeros, first, lanes, rows, row_ok, n_groups, N, slot,
+                    KIND, MID, ZERO, GROUP, J,
+                )  # fmt: skip
             xk = tl.load(x_rows + k[:, None], mask=(k < K)[:, None] & m_ok[None, :], other=0)
             if LATE:
-                w = centred(a, b, c, table, slot, KIND, BITS, EXPONENT, MID)
+                w = centred(a, b, c, table, slot, KIND, BITS, EXPONENT, MID, INTERPRET)
                 w = operand(w, xk.dtype, INTERPRET)
-                group = group_columns(first, slot, lanes, KIND, GROUP, J)
-                s = group_param(scales, group, rows, row_ok, n_groups, N)
                 none = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
                 acc += dot(w, xk, none, INTEGER, INTERPRET) * s
-                if ZERO != "none":
-                    zero = group_param(zeros, group, rows, row_ok, n_groups, N)
-                    total = tl.sum(xk.to(tl.float32), axis=0)
-                    acc += offset_of(zero, s, ZERO, MID) * total[None, :]
             else:
                 w = weight_tile(
-                    a, b, c, table, scales, zeros, rows, row_ok, first, lanes, n_groups, N,
-                    slot, KIND, BITS, EXPONENT, MID, ZERO, GROUP, INNER, J,
+                    a, b, c, table, s, o, slot, KIND, BITS, EXPONENT, MID, ZERO, GROUP, INNER,
+                    INTERPRET,
                 )  # fmt: skip
                 acc = dot(operand(w, xk.dtype, INTERPRET), xk, acc, INTEGER, INTERPRET)
     if WHOLE:
@@ -230,7 +226,7 @@ def dequantize(
     N, K, width, n_groups,
     KIND: tl.constexpr, BITS: tl.constexpr, EXPONENT: tl.constexpr, MID: tl.constexpr,
     ZERO: tl.constexpr, GROUP: tl.constexpr, INNER: tl.constexpr, SLOTS: tl.constexpr,
-    J: tl.constexpr, BLOCK_N: tl.constexpr,
+    J: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """The weight [N, K] in the type of `out`, times the scale of its row where there is one."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -244,14 +240,20 @@ def dequantize(
     b = load_lanes(twos, offsets, mask)
     c = load_lanes(ones, offsets, mask)
     first = chunk * (SLOTS * J)
+    s, o = 0.0, 0.0
     for slot in tl.static_range(SLOTS):
+        if not same_group(slot, KIND, GROUP, J):
+            s, o = group_scale(
+                scales, zeros, first, lanes, rows, row_ok, n_groups, N, slot,
+                KIND, MID, ZERO, GROUP, J,
+            )  # fmt: skip
         w = weight_tile(
-            a, b, c, table, scales, zeros, rows, row_ok, first, lanes, n_groups, N,
-            slot, KIND, BITS, EXPONENT, MID, ZERO, GROUP, INNER, J,
+            a, b, c, table, s, o, slot, KIND, BITS, EXPONENT, MID, ZERO, GROUP, INNER,
+            INTERPRET,
         )  # fmt: skip
         if row_scales is not None:
-            s = tl.load(row_scales + rows, mask=row_ok, other=0).to(tl.float32)
-            w = w.to(tl.float32) * s[:, None]
+            row_s = tl.load(row_scales + rows, mask=row_ok, other=0).to(tl.float32)
+            w = w.to(tl.float32) * row_s[:, None]
         if KIND == "sparse":  # back from the lanes' order to that of the columns
             k = first + (slot // 4) * 128 + lanes * 4 + slot % 4
         else:

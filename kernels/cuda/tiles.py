@@ -64,7 +64,19 @@ def float_of(code, BITS: tl.constexpr, EXPONENT: tl.constexpr):
 
 
 @triton.jit
-def nibble_plus(fours, slot: tl.constexpr):
+def keep_bits(word, mask: tl.constexpr, above: tl.constexpr, INTERPRET: tl.constexpr):
+    """(word & mask) | above, one instruction on the GPU, which alone would take two."""
+    if INTERPRET:
+        return (word & mask) | above
+    else:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [word, mask, above],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def nibble_plus(fours, slot: tl.constexpr, INTERPRET: tl.constexpr):
     """A 4-bit code plus `nibble_base`, fp32, in a shift and one logic operation.
 
     The code's bits become mantissa bits of a power of two whose last place makes them count as the
@@ -76,9 +88,9 @@ def nibble_plus(fours, slot: tl.constexpr):
     else:
         word = fours << -SHIFT
     if slot % 2 == 0:
-        bits = (word & 0x0000F000) | 0x45000000  # 2048 = 2^11, bit 12 counts 1
+        bits = keep_bits(word, 0x0000F000, 0x45000000, INTERPRET)  # 2048 = 2^11, bit 12 counts 1
     else:
-        bits = (word & 0x000F0000) | 0x43000000  # 128 = 2^7, bit 16 counts 1
+        bits = keep_bits(word, 0x000F0000, 0x43000000, INTERPRET)  # 128 = 2^7, bit 16 counts 1
     return bits.to(tl.float32, bitcast=True)
 
 
@@ -159,15 +171,39 @@ def group_param(params, group, rows, mask, n_groups, N):
 
 
 @triton.jit
-def offset_of(zero, scale, ZERO: tl.constexpr, MID: tl.constexpr):
-    """o of the formula above, from the stored zero."""
-    if ZERO == "float":
-        return zero
+def same_group(slot: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, J: tl.constexpr):
+    """Whether all of this slot's columns lie in the group of the slot before."""
+    if slot == 0 or GROUP == 0:
+        return GROUP == 0
+    elif KIND == "sparse":
+        return GROUP % 128 == 0 and (slot % 4 != 0 or (slot // 4 * 128) % GROUP != 0)
     else:
-        return (MID - zero) * scale
+        return GROUP % J == 0 and (slot * J) % GROUP != 0
+
+
+@triton.jit
+def group_scale(
+    scales, zeros, first, lanes, rows, row_ok, n_groups, N, slot: tl.constexpr,
+    KIND: tl.constexpr, MID: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr,
+    J: tl.constexpr,
+):  # fmt: skip
+    """s and o of a tile: [BLOCK_N, 1], or [BLOCK_N, J] where groups do not fit the tile."""
+    group = group_columns(first, slot, lanes, KIND, GROUP, J)
+    s = group_param(scales, group, rows, row_ok, n_groups, N)
+    if ZERO == "none":
+        return s, s * 0
+    else:
+        zero = group_param(zeros, group, rows, row_ok, n_groups, N)
+        if ZERO == "float":
+            return s, zero
+        else:
+            return s, (MID - zero) * s
 
 
 @triton.jit
 def round_even(x):
-    """To the nearest integer, ties to even, for |x| < 2^22: fp32 addition does it."""
-    return (x + 12582912.0) - 12582912.0
+    """To the nearest integer, ties to even, int32, for |x| < 2^22.
+
+    Adding 1.5 * 2^23 rounds, and leaves the integer in the low bits of the mantissa.
+    """
+    return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000

@@ -54,7 +54,7 @@ class TritonWeight(nn.Module):
         if self.exponent == 5 and x.dtype == torch.float16 and rows > 1:
             flat = flat.float()  # codes of 5 exponent bits pass fp16's largest number
         if x_scale is not None:
-            x_scale = x_scale.float().expand(*x.shape[:-1], 1).reshape(-1)
+            x_scale = x_scale.float().expand(*x.shape[:-1], 1).reshape(-1).contiguous()
         y = torch.ops.flatllama.triton_linear(
             flat, self.fours, self.twos, self.ones, self.scales, self.zeros, self.row_scales,
             self.table, x_scale, bias, self.n, self.k, self.kind, self.bits, self.exponent,
