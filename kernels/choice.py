@@ -30,6 +30,11 @@ def kernels(name: str | None = None) -> str:
     return _setting
 
 
+def aten_on(device: torch.device) -> bool:
+    """Whether ATen's own quantized products are asked for on `device`."""
+    return _setting == "aten" and device.type == "cuda"
+
+
 def interpreting() -> bool:
     """Whether Triton runs its kernels on the CPU, in its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

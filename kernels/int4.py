@@ -12,7 +12,8 @@ torchao. Stored as ceil(K / 2) bytes a row, the even column in the low nibble.
 import torch
 from torch import Tensor
 
-from kernels import affine, native
+from kernels import affine, aten, native
+from kernels.choice import aten_on
 from kernels.cuda.layout import lane_planes
 from kernels.cuda.weight import TritonWeight
 from kernels.linear import Grid, Params, QuantizedLinear
@@ -75,6 +76,7 @@ class Int4Linear(QuantizedLinear):
         self.register_buffer("scales", torch.empty(groups, **bf16))
         self.register_buffer("zeros", torch.empty(groups, **bf16))
         self.register_buffer("tiles", None, persistent=False)
+        self.tinygemm: aten.TinygemmWeight | None = None
 
     def settings(self) -> dict:
         return {"format": self.name, "groupsize": self.groupsize}
@@ -103,8 +105,13 @@ class Int4Linear(QuantizedLinear):
         )  # fmt: skip
 
     def repack(self) -> None:
-        if self.repack_for_triton():
+        if self.repack_for_triton() or self.tinygemm is not None:
             return
+        if self.weight is not None and aten_on(self.weight.device) and not aten.refusal(self):
+            self.tinygemm = aten.TinygemmWeight(
+                self.weight, self.scales, self.zeros, self.groupsize
+            )
+            self.weight = self.scales = self.zeros = None
         if self.weight is not None and native.prepare(self.weight.device):
             self.tiles = torch.ops.flatllama.int4_repack(
                 self.weight, self.scales, self.zeros, self.in_features, self.groupsize
@@ -117,4 +124,6 @@ class Int4Linear(QuantizedLinear):
                 x, self.tiles, self.bias, self.out_features, self.in_features,
                 self.groupsize, native.exact_activations(),
             )  # fmt: skip
+        if self.tinygemm is not None:
+            return self.tinygemm(x, self.bias)
         return super().multiply(x)

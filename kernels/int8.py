@@ -9,7 +9,8 @@ is sum_k x_k q_k, then one multiplication by s per output, so it needs no dequan
 import torch
 from torch import Tensor
 
-from kernels import affine, native
+from kernels import affine, aten, native
+from kernels.choice import aten_on
 from kernels.cuda.weight import TritonWeight
 from kernels.linear import Grid, Params, QuantizedLinear
 
@@ -72,5 +73,7 @@ class Int8Linear(QuantizedLinear):
                 x, self.tiles, self.scales, self.bias, self.out_features, self.in_features,
                 native.exact_activations(),
             )  # fmt: skip
+        if aten_on(x.device):
+            return aten.int8_product(x, self.weight, self.scales, self.bias)
         y = torch.nn.functional.linear(x, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
         return y if self.bias is None else y + self.bias
