@@ -113,7 +113,7 @@ class CodedLinear(QuantizedLinear):
     def stored_weight(self) -> Tensor:
         return torch.cat([self.dequantize_rows(rows) for rows in self.panels()])
 
-    triton_kind = "integer"  # of codes that are not small floats, see cuda/tiles.py
+    triton_kind = "integer"  # what a code is, see cuda/tiles.py
 
     def triton_planes(self) -> list[Tensor | None]:
         """The codes as the Triton kernels read them."""
@@ -127,7 +127,7 @@ class CodedLinear(QuantizedLinear):
             scales = scales.expand(-1, self.out_features)
         if self.has_zeros:
             zeros = unpack(self.zeros, self.bits, scales.shape[0]).to(torch.bfloat16).t()
-        kind = "float" if self.exponent_bits else self.triton_kind
+        kind = self.triton_kind
         return TritonWeight(
             self.out_features, self.in_features, kind, self.triton_planes(), bits=self.bits,
             exponent=self.exponent_bits, groupsize=self.groupsize, scales=scales, zeros=zeros,

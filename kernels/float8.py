@@ -56,6 +56,7 @@ class Float8Linear(FloatLinear):
     """Buffers: weight float8_e4m3fn [N, K]; scales [N, 1] in the model's dtype."""
 
     name, bits, exponent_bits, mantissa_bits = "float8", 8, 4, 3
+    triton_kind = "e4m3"
 
     def __init__(self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None):
         super().__init__(in_features, out_features, bias, dtype, device)

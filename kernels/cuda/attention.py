@@ -149,7 +149,7 @@ def attention_launches(
         "softmax_scale": math.log2(math.e) * d**-0.5,
     }  # fmt: skip
     constants = {"GROUP": group, "R": r, "BLOCK_S": block_s, "BLOCK_D": block_d, "SPLITS": splits}
-    options = {"num_warps": 4, "num_stages": 2}
+    options = {"num_warps": 8 if r == 64 else 4, "num_stages": 2}
     launch = Launch(
         attend, (pairs, tiles, splits), arguments, {**constants, "INTERPRET": interpreting()},
         options,

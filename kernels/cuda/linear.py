@@ -74,16 +74,19 @@ def blocks(product: Product, item: int) -> tuple[dict, dict]:
     if product.rows == 1:
         block_n = 64 if product.laned else max(1, 4096 // (j * item))
         return constants | {"BLOCK_N": min(block_n, 64)}, {"num_warps": 4, "num_stages": 2}
-    block_m = next((b for b in (16, 32, 64) if b >= product.rows), 128)
+    # Every slot's tile of x is in shared memory once a stage: 8 tiles of [32, BLOCK_M].
+    block_m = next((b for b in (16, 32, 64) if b >= product.rows), 64 if product.laned else 128)
     late = product.group > 0 and product.zero == "none" and not product.inner
     constants |= {
         "BLOCK_N": 64 if block_m <= 32 else 128,
         "BLOCK_M": block_m,
         "LATE": late and block_m <= LATE_ROWS and product.one_group_a_tile(),
     }
-    # Every slot's tile of x is in shared memory once a stage: 8 tiles of [32, BLOCK_M].
     stages = 2 if product.laned and block_m > 32 else 3
-    return constants, {"num_warps": 8 if block_m > 64 else 4, "num_stages": stages}
+    if product.kind == "table":
+        stages = 1  # look-ups would be staged through shared memory too
+    warps = 8 if constants["BLOCK_N"] * block_m > 64 * 32 else 4
+    return constants, {"num_warps": warps, "num_stages": stages}
 
 
 def splits(product: Product, programs: int, chunks: int, processors: int) -> tuple[int, int]:
@@ -156,6 +159,11 @@ def dequantize_launch(
     )
 
 
+def converts_float8(device: torch.device) -> bool:
+    """Whether the GPU itself turns e4m3 into larger floats."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 @torch.library.custom_op("flatllama::triton_linear", mutates_args=())
 def triton_linear(
     x: Tensor, fours: Tensor | None, twos: Tensor | None, ones: Tensor | None,
@@ -169,6 +177,8 @@ def triton_linear(
     unless it has DEQUANTIZE_ROWS rows. The planes are those of layout.py, 8 bits and more in
     `fours`; scales, zeros [G, N]; row_scales [N]; table fp32 [16].
     """
+    if kind == "e4m3" and not converts_float8(x.device):
+        kind = "float"
     rows, integer = x.shape[0], x.dtype == torch.int8
     out = torch.empty((rows, n), dtype=dtype, device=x.device)
     if out.numel() == 0:

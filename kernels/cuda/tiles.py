@@ -7,6 +7,7 @@ through them in a static loop, so that every shift and mask is a constant.
 KIND says what a code is:
     "plain"     the weight itself, bf16, fp16 or fp32
     "int8"      an int8 number
+    "e4m3"      float8, converted by the GPU; "float" where it cannot
     "float"     a small float: sign, EXPONENT bits, the rest mantissa; no infinity, no NaN
     "integer"   an unsigned number of BITS bits, taken minus MID
     "table"     an index into `table`, fp32
@@ -35,18 +36,19 @@ def load_lanes(plane, offsets, mask):
 def code_of(fours, twos, ones, slot: tl.constexpr, BITS: tl.constexpr):
     """Code `slot` of each lane, int32 in [0, 2^BITS)."""
     if BITS == 8:
-        return fours.to(tl.int32) & 255
-    if BITS & 4 != 0:
+        code = fours.to(tl.int32) & 255
+    elif BITS & 4 != 0:
         code = (fours >> (4 * slot)) & 15
         if BITS & 2 != 0:
             code |= ((twos.to(tl.int32) >> (2 * slot)) & 3) << 4
+        if BITS & 1 != 0:
+            code |= ((ones.to(tl.int32) >> slot) & 1) << (BITS & 6)
+    elif BITS & 2 != 0:
+        code = (twos.to(tl.int32) >> (2 * slot)) & 3
+        if BITS & 1 != 0:
+            code |= ((ones.to(tl.int32) >> slot) & 1) << 2
     else:
-        if BITS & 2 != 0:
-            code = (twos.to(tl.int32) >> (2 * slot)) & 3
-        else:
-            return (ones.to(tl.int32) >> slot) & 1
-    if BITS & 1 != 0:
-        code |= ((ones.to(tl.int32) >> slot) & 1) << (BITS & 6)
+        code = (ones.to(tl.int32) >> slot) & 1
     return code
 
 
@@ -56,11 +58,11 @@ def float_of(code, BITS: tl.constexpr, EXPONENT: tl.constexpr):
 
     A code of exponent 0 becomes an fp32 subnormal, which the product makes normal: exact.
     """
-    MANTISSA: tl.constexpr = BITS - 1 - EXPONENT
-    sign = (code >> (BITS - 1)) << 31
-    magnitude = (code & ((1 << (BITS - 1)) - 1)) << (23 - MANTISSA)
+    FIELDS: tl.constexpr = ((1 << (BITS - 1)) - 1) << (24 + EXPONENT - BITS)
     scale: tl.constexpr = 2.0 ** (128 - 2 ** (EXPONENT - 1))
-    return (sign | magnitude).to(tl.float32, bitcast=True) * scale
+    word = code << (32 - BITS)  # the sign comes to its place, the rest by a shift back
+    bits = (word & -2147483648) | ((word >> (8 - EXPONENT)) & FIELDS)
+    return bits.to(tl.float32, bitcast=True) * scale
 
 
 @triton.jit
@@ -121,6 +123,8 @@ def value_of(
     """The codes' values: the stored type for "plain" and "int8", int32 for integers, else fp32."""
     if KIND == "plain" or KIND == "int8":
         return fours
+    elif KIND == "e4m3":
+        return fours.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     elif KIND == "sparse":
         return sparse_of(twos, ones, slot)
     else:

@@ -11,7 +11,7 @@ class TritonWeight(nn.Module):
 
     Args:
         n, k: its shape.
-        kind: "plain", "int8", "float", "integer", "table" or "sparse", see tiles.py.
+        kind: "plain", "int8", "e4m3", "float", "integer", "table" or "sparse", see tiles.py.
         planes: its codes (layout.py); of 8 bits and more: one plane [N, K].
         bits, exponent: of a code, and of its exponent where it is a small float.
         groupsize: columns that share a scale, 0: none do.
