@@ -78,7 +78,7 @@ def blocks(product: Product, item: int) -> tuple[dict, dict]:
     block_m = next((b for b in (16, 32, 64) if b >= product.rows), 64 if product.laned else 128)
     late = product.group > 0 and product.zero == "none" and not product.inner
     constants |= {
-        "BLOCK_N": 64 if block_m <= 32 else 128,
+        "BLOCK_N": 64 if block_m <= 32 or product.kind == "table" else 128,
         "BLOCK_M": block_m,
         "LATE": late and block_m <= LATE_ROWS and product.one_group_a_tile(),
     }

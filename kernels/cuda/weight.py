@@ -34,7 +34,7 @@ class TritonWeight(nn.Module):
             groupsize = -(-k // CHUNK) * CHUNK
             if zero == "none" and not inner:
                 scales, row_scales, groupsize = None, scales[0], 0
-        self.groupsize = groupsize
+        self.groupsize = 0 if scales is None else groupsize
         tensors = dict(zip(("fours", "twos", "ones"), planes, strict=True))
         tensors |= {"scales": scales, "zeros": zeros, "row_scales": row_scales, "table": table}
         for name, tensor in tensors.items():
