@@ -27,6 +27,7 @@ import bench_serving
 from bench_report import Row, plot, pyplot, table
 from checkpoint import Checkpoint, open_checkpoint
 from errors import UserError, check_device, cli, progress
+from kernels.choice import KERNELS
 from model import CONFIGS
 from modes import FLOAT_MODES, Mode, head_mode, mode_names, parse_mode
 from quantize import default_output
@@ -196,6 +197,7 @@ def parse_args() -> argparse.Namespace:
     add("--threads", type=int, help="CPU threads; default: torch's, one per core")
     add("--exact_activations", action="store_true",
         help="CPU: int4 kernels do not round activations to int8 blocks")  # fmt: skip
+    add("--kernels", choices=KERNELS, default="auto", help="see generate.py")
     add("--prompt", type=int, default=64, metavar="N", help="tokens of the synthetic prompt")
     add("--max_new_tokens", type=int, default=128)
     add("--kv_cache", choices=["bf16", "int8"], default="bf16")
@@ -234,7 +236,8 @@ def shared_flags(args: argparse.Namespace) -> list[str]:
     """What every turn's generate.py and every eval.py get alike."""
     threads = ["--threads", str(args.threads)] if args.threads else []
     exact = ["--exact_activations"] if args.exact_activations else []
-    return ["--device", args.device, "--kv_cache", args.kv_cache, *threads, *exact]
+    kernels = ["--kernels", args.kernels]
+    return ["--device", args.device, *kernels, "--kv_cache", args.kv_cache, *threads, *exact]
 
 
 def benchmark(entries: list[Entry], args: argparse.Namespace) -> dict:

@@ -16,11 +16,13 @@ import torch
 from torch import nn
 
 import tp
+from backends import check_layers, choose_kernels
 from chat import Streamer, chat, render_chat
 from checkpoint import load_model, open_checkpoint
 from engine import Engine, Result, Sampling, compiled_graphs, configure_compiler
 from errors import UserError, check_device, cli, progress
 from kernels import native
+from kernels.choice import KERNELS
 from measure import device_name, peak_memory, read_bandwidth, spread
 from model import CONFIGS, Transformer
 from modes import FLOAT_MODES, head_mode, parse_mode
@@ -43,6 +45,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=PRECISIONS, help="of the activations; default: the checkpoint's")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--threads", type=int, help="CPU threads; default: torch's, one per core")
+    add("--kernels", choices=KERNELS, default="auto", help="auto: ours, C++ on the CPU and Triton "
+        "on a GPU; triton; inductor: plain PyTorch forms; aten: ATen's own int4 and int8 products "
+        "on a GPU")  # fmt: skip
     add("--exact_activations", action="store_true",
         help="CPU: int4 kernels do not round activations to int8 blocks")  # fmt: skip
 
@@ -53,12 +58,13 @@ def load(args: argparse.Namespace, random_name: str | None = None):
     Of the processes of torchrun each gets its share (tp.py).
     """
     check_device(args.device)
+    choose_kernels(args.kernels, args.device)
     ranks = tp.start(args.device)
     if args.threads is not None:
         if args.threads < 1:
             raise UserError(f"--threads {args.threads}: must be at least 1")
         torch.set_num_threads(args.threads)
-    if args.device == "cpu":
+    if args.device == "cpu" and args.kernels == "auto":
         native.load()
         native.exact_activations(args.exact_activations or None)
     dtype = PRECISIONS.get(args.precision)
@@ -69,6 +75,7 @@ def load(args: argparse.Namespace, random_name: str | None = None):
             model = tp.load_ranked(ranks, None, config, mode, args.device, dtype)
         else:
             model = random_model(config, mode, args.device, dtype)
+        check_layers(model)
         return model, str(mode) if mode else "bf16", None
     checkpoint = open_checkpoint(args.checkpoint_path)
     if mode and checkpoint.header.get("layers"):
@@ -84,6 +91,7 @@ def load(args: argparse.Namespace, random_name: str | None = None):
         quantize_(model, str(mode), mode.groupsize, skip=lambda n: n == "output")
         quantize_(model, str(head), head.groupsize)
     name = str(mode) if mode else name
+    check_layers(model)
     return model, name, checkpoint.directory
 
 
@@ -123,7 +131,8 @@ def report(engine: Engine, results: list[Result], args, mode: str, compile_s: fl
     return {
         "model": str(args.random_weights or args.checkpoint_path or "smollm2-135m-instruct"),
         "mode": mode, "device": device_name(args.device), "threads": torch.get_num_threads(),
-        "compile": args.compile, "compile_mode": args.compile_mode if args.compile else None,
+        "kernels": args.kernels, "compile": args.compile,
+        "compile_mode": args.compile_mode if args.compile else None,
         "batch_size": batch, "prompt_tokens": last.prompt_tokens,
         "new_tokens": [len(ids) for r in results for ids in r.token_ids], "compile_s": compile_s,
         "time_to_first_token_s": statistics.median(r.time_to_first_token_s for r in results),

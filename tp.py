@@ -168,7 +168,7 @@ class QuantizedSource:
 
 
 class RandomSource:
-    """Random weights of true shape, drawn layer by layer in the order of random_weights.random_model."""
+    """Random weights of true shape, drawn layer by layer in the order of `random_model`."""
 
     def __init__(self, config: ModelConfig, device: str, dtype: torch.dtype, seed: int = 0):
         torch.manual_seed(seed)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import native
+from kernels.choice import load_triton, triton_on
 
 
 def attention_reference(
@@ -67,6 +68,18 @@ def _(q, k, v, start, k_scale, v_scale):
     return torch.empty_like(q)
 
 
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> Tensor:
+    """The plain form: every slot, those unseen masked. Nothing waits for the device."""
+    if k_scale is not None:
+        k, v = ((c.float() * s.float()).to(q.dtype) for c, s in ((k, k_scale), (v, v_scale)))
+    position = start[:, None] + torch.arange(q.shape[2], device=q.device)  # [B, T]
+    seen = torch.arange(k.shape[2], device=q.device) <= position[..., None]  # [B, T, S]
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, seen[:, None], enable_gqa=grouped)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -87,6 +100,10 @@ def attention(
     Returns:
         [B, H, T, D] in q's dtype.
     """
-    if q.device.type == "cpu" and native.loaded():
+    if native.serves(q):
         return torch.ops.flatllama.attention(q, k, v, start, k_scale, v_scale, None)
-    return torch.ops.flatllama.sdpa_filled(q, k, v, start, k_scale, v_scale)
+    if triton_on(q.device):
+        load_triton()
+        return torch.ops.flatllama.triton_attention(q, k, v, start, k_scale, v_scale)
+    plain = torch.ops.flatllama.sdpa_filled if q.device.type == "cpu" else masked_attention
+    return plain(q, k, v, start, k_scale, v_scale)

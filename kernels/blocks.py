@@ -25,8 +25,7 @@ def can_fuse(blocks: Sequence[nn.Module]) -> bool:
     """Whether every linear layer of the blocks has a form that the operator takes."""
     layers = [linear for block in blocks for linear in linears(block)]
     forms = [getattr(layer, "native_form", lambda: None)() for layer in layers]
-    device = blocks[0].attention_norm.weight.device.type
-    return device == "cpu" and native.loaded() and None not in forms
+    return native.serves(blocks[0].attention_norm.weight) and None not in forms
 
 
 def decode_blocks(

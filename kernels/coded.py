@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import affine, native
+from kernels.cuda.layout import lane_planes
+from kernels.cuda.weight import TritonWeight
 from kernels.linear import NativeForm, Params, QuantizedLinear
 from kernels.packing import pack, packed_size, unpack
 
@@ -111,11 +113,35 @@ class CodedLinear(QuantizedLinear):
     def stored_weight(self) -> Tensor:
         return torch.cat([self.dequantize_rows(rows) for rows in self.panels()])
 
+    triton_kind = "integer"  # what a code is, see cuda/tiles.py
+
+    def triton_planes(self) -> list[Tensor | None]:
+        """The codes as the Triton kernels read them."""
+        if self.bits == 8:
+            return [self.weight.view(torch.int8), None, None]
+        return lane_planes(self.weight, self.bits, self.in_features)
+
+    def triton_weight(self) -> TritonWeight:
+        scales, zeros = self.scales.t(), None
+        if scales.shape[1] != self.out_features:
+            scales = scales.expand(-1, self.out_features)
+        if self.has_zeros:
+            zeros = unpack(self.zeros, self.bits, scales.shape[0]).to(torch.bfloat16).t()
+        kind = self.triton_kind
+        return TritonWeight(
+            self.out_features, self.in_features, kind, self.triton_planes(), bits=self.bits,
+            exponent=self.exponent_bits, groupsize=self.groupsize, scales=scales, zeros=zeros,
+            zero="int" if self.has_zeros else "none",
+            table=self.table().float() if kind == "table" else None,
+        )  # fmt: skip
+
     def repack(self) -> None:
-        whole_words = self.groupsize % 32 == 0 or self.groupsize >= self.in_features
-        if self.weight is None or self.weight.device.type != "cpu" or not whole_words:
+        if self.repack_for_triton():
             return
-        if native.load():
+        whole_words = self.groupsize % 32 == 0 or self.groupsize >= self.in_features
+        if self.weight is None or not whole_words:
+            return
+        if native.prepare(self.weight.device):
             self.make_tiles()
             self.weight = self.scales = self.zeros = None
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.activations import float8
 from kernels.fpx import FloatGrid, FloatLinear
-from kernels.linear import NativeForm, Params
+from kernels.linear import MATVEC_ROWS, NativeForm, Params
 
 MAX_CODE = 0x7E  # 448; 0x7f is NaN
 
@@ -56,6 +56,7 @@ class Float8Linear(FloatLinear):
     """Buffers: weight float8_e4m3fn [N, K]; scales [N, 1] in the model's dtype."""
 
     name, bits, exponent_bits, mantissa_bits = "float8", 8, 4, 3
+    triton_kind = "e4m3"
 
     def __init__(self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None):
         super().__init__(in_features, out_features, bias, dtype, device)
@@ -87,11 +88,24 @@ class Float8DynamicRowLinear(Float8Linear):
 
     def has_scaled_mm(self) -> bool:
         """Whether this device multiplies float8 matrices of this shape."""
-        if self.weight is None or self.weight.device.type != "cuda":
+        weight = self.scaled_weight()[0]
+        if weight is None or weight.device.type != "cuda":
             return False
         needed = (9, 0) if self.per_token else (8, 9)
         whole = self.in_features % 16 == 0 and self.out_features % 16 == 0
-        return whole and torch.cuda.get_device_capability(self.weight.device) >= needed
+        return whole and torch.cuda.get_device_capability(weight.device) >= needed
+
+    def scaled_weight(self) -> tuple[Tensor, Tensor]:
+        """e4m3 [N, K] and its scales, wherever they lie."""
+        if self.packed is None:
+            return self.weight, self.scales
+        return self.packed.fours.view(torch.float8_e4m3fn), self.packed.row_scales
+
+    def triton_multiply(self, x: Tensor) -> Tensor:
+        """Few rows by our kernel, which reads the weight once; many on the float8 units."""
+        if x.numel() > MATVEC_ROWS * self.in_features and self.has_scaled_mm():
+            return self.scaled_mm(*self.quantize_input(x), x.dtype)
+        return super().triton_multiply(x)
 
     def native_form(self) -> NativeForm | None:
         return None  # its inputs are rounded to e4m3, in Python
@@ -107,11 +121,12 @@ class Float8DynamicRowLinear(Float8Linear):
 
     def scaled_mm(self, q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """The product on tensor cores; one scale per row of x and of w, or one each."""
-        q2, w = q.flatten(0, -2), self.weight.t()
+        q2, (weight, scales) = q.flatten(0, -2), self.scaled_weight()
+        w = weight.t()
         # Per-row scales come with bf16 output only.
         out = torch.bfloat16 if self.per_token else dtype
         x_scale = scale.reshape(-1, 1) if self.per_token else scale
-        w_scale = self.scales.reshape(1, -1) if self.per_token else self.scales.reshape(())
+        w_scale = scales.reshape(1, -1) if self.per_token else scales.flatten()[:1].reshape(())
         y = torch._scaled_mm(q2, w, x_scale, w_scale, out_dtype=out, use_fast_accum=True)
         y = y.view(*q.shape[:-1], -1).to(dtype)
         return y if self.bias is None else y + self.bias.to(dtype)

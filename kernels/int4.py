@@ -12,7 +12,10 @@ torchao. Stored as ceil(K / 2) bytes a row, the even column in the low nibble.
 import torch
 from torch import Tensor
 
-from kernels import affine, native
+from kernels import affine, aten, native
+from kernels.choice import aten_on
+from kernels.cuda.layout import lane_planes
+from kernels.cuda.weight import TritonWeight
 from kernels.linear import Grid, NativeForm, Params, QuantizedLinear
 from kernels.packing import pack, packed_size, unpack
 
@@ -73,6 +76,7 @@ class Int4Linear(QuantizedLinear):
         self.register_buffer("scales", torch.empty(groups, **bf16))
         self.register_buffer("zeros", torch.empty(groups, **bf16))
         self.register_buffer("tiles", None, persistent=False)
+        self.tinygemm: aten.TinygemmWeight | None = None
 
     def settings(self) -> dict:
         return {"format": self.name, "groupsize": self.groupsize}
@@ -93,8 +97,22 @@ class Int4Linear(QuantizedLinear):
         )
         return (codes.float() - 8) * scale + zero
 
+    def triton_weight(self) -> TritonWeight:
+        return TritonWeight(
+            self.out_features, self.in_features, "integer",
+            lane_planes(self.weight, 4, self.in_features), bits=4, groupsize=self.groupsize,
+            scales=self.scales.t(), zeros=self.zeros.t(), zero="float",
+        )  # fmt: skip
+
     def repack(self) -> None:
-        if self.weight is not None and self.weight.device.type == "cpu" and native.load():
+        if self.repack_for_triton() or self.tinygemm is not None:
+            return
+        if self.weight is not None and aten_on(self.weight.device) and not aten.refusal(self):
+            self.tinygemm = aten.TinygemmWeight(
+                self.weight, self.scales, self.zeros, self.groupsize
+            )
+            self.weight = self.scales = self.zeros = None
+        if self.weight is not None and native.prepare(self.weight.device):
             self.tiles = torch.ops.flatllama.int4_repack(
                 self.weight, self.scales, self.zeros, self.in_features, self.groupsize
             )
@@ -114,4 +132,6 @@ class Int4Linear(QuantizedLinear):
                 x, self.tiles, self.bias, self.out_features, self.in_features,
                 self.groupsize, native.exact_activations(),
             )  # fmt: skip
+        if self.tinygemm is not None:
+            return self.tinygemm(x, self.bias)
         return super().multiply(x)

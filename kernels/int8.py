@@ -9,7 +9,9 @@ is sum_k x_k q_k, then one multiplication by s per output, so it needs no dequan
 import torch
 from torch import Tensor
 
-from kernels import affine, native
+from kernels import affine, aten, native
+from kernels.choice import aten_on
+from kernels.cuda.weight import TritonWeight
 from kernels.linear import Grid, NativeForm, Params, QuantizedLinear
 
 
@@ -55,8 +57,14 @@ class Int8Linear(QuantizedLinear):
     def stored_weight(self) -> Tensor:
         return self.weight.float() * self.scales.float()[:, None]
 
+    def triton_weight(self) -> TritonWeight:
+        shape = (self.out_features, self.in_features)
+        return TritonWeight(*shape, "int8", [self.weight, None, None], row_scales=self.scales)
+
     def repack(self) -> None:
-        if self.weight is not None and self.weight.device.type == "cpu" and native.load():
+        if self.repack_for_triton():
+            return
+        if self.weight is not None and native.prepare(self.weight.device):
             self.tiles, self.weight = torch.ops.flatllama.int8_repack(self.weight), None
 
     def native_form(self) -> NativeForm | None:
@@ -70,5 +78,7 @@ class Int8Linear(QuantizedLinear):
             return torch.ops.flatllama.int8_linear(
                 x, self.tiles, self.scales, self.bias, self.out_features, self.in_features
             )
+        if aten_on(x.device):
+            return aten.int8_product(x, self.weight, self.scales, self.bias)
         y = torch.nn.functional.linear(x, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
         return y if self.bias is None else y + self.bias

@@ -15,11 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import native
+from kernels.choice import load_triton, triton_on
+from kernels.cuda.weight import TritonWeight, float_product
 
 Params = dict[str, Tensor]
 # A layer as the C++ operators that contain several take it: [weight, bias, input scale, the
 # format's own tensors], [kind, N, K, the format's own numbers]; see cpu/product.h.
 NativeForm = tuple[list[Tensor | None], list[int]]
+MATVEC_ROWS = 16  # of x: up to here a float weight goes through our Triton product
 
 
 class Grid:
@@ -112,8 +115,11 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and native.loaded():
+        if native.serves(x):
             return torch.ops.flatllama.float_linear(x, self.weight, self.bias)
+        if triton_on(x.device) and x.numel() <= MATVEC_ROWS * self.in_features:
+            load_triton()
+            return float_product(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
     def native_form(self) -> NativeForm | None:
@@ -146,6 +152,7 @@ class QuantizedLinear(nn.Module):
             "bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         )
         self.register_buffer("input_scale", None)
+        self.packed: TritonWeight | None = None
 
     @classmethod
     def from_codes(
@@ -199,10 +206,32 @@ class QuantizedLinear(nn.Module):
         """The layer for C++ operators that contain it; None where there are no tiles for them."""
         return None
 
+    def triton_weight(self) -> TritonWeight:
+        """The canonical buffers in the layout of the Triton kernels."""
+        raise NotImplementedError
+
+    def repack_for_triton(self) -> bool:
+        """Move the weight into `packed`, if the Triton kernels serve its device."""
+        if self.packed is None and self.weight is not None and triton_on(self.weight.device):
+            load_triton()
+            self.packed = self.triton_weight()
+            for name in self._buffers.keys() - {"bias", "input_scale"}:
+                self._buffers[name] = None
+        return self.packed is not None
+
+    def triton_multiply(self, x: Tensor) -> Tensor:
+        """x [..., K] times the packed weight, plus the bias, by the Triton kernels."""
+        if self.quantize_input is None:
+            return self.packed(x, self.bias)
+        q, scale = self.quantize_input(x)
+        if q.dtype != torch.int8:  # e4m3, or integers of at most 255: exact in bf16
+            q = q.to(torch.bfloat16)
+        return self.packed(q, self.bias, scale, x.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.input_scale is not None:
             x = (x * self.input_scale).to(x.dtype)
-        return self.multiply(x)
+        return self.multiply(x) if self.packed is None else self.triton_multiply(x)
 
     def multiply(self, x: Tensor) -> Tensor:
         """x [..., K], scaled already, times the stored weight, plus the bias: [..., N]."""

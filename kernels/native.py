@@ -25,6 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.choice import kernels
+
 SOURCES = Path(__file__).parent / "cpu"
 LEVELS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -39,6 +41,16 @@ _exact = os.environ.get("FLATLLAMA_EXACT", "0") not in ("", "0")
 def loaded() -> bool:
     """Whether the operators are there. Builds nothing."""
     return bool(_loaded)
+
+
+def prepare(device: torch.device) -> bool:
+    """Whether the C++ operators serve that device; loads, and at first use builds them."""
+    return device.type == "cpu" and kernels() == "auto" and load()
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the C++ operators run for x: on the CPU, where they are there and wanted."""
+    return bool(_loaded) and x.device.type == "cpu" and kernels() == "auto"
 
 
 def exact_activations(flag: bool | None = None) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kernels import affine
 from kernels.coded import CodedLinear, stream_tiles
+from kernels.cuda.layout import sparse_planes
 from kernels.int8dq_int4 import SymmetricGrid
 from kernels.linear import Params
 from kernels.packing import pack, packed_size, unpack
@@ -49,6 +50,7 @@ class Int4Sparse24Linear(CodedLinear):
     name, bits = "int4-sparse24", 4
     default_groupsize = 128
     groupsizes = (0, 32, 64, 128, 256)
+    triton_kind = "sparse"
 
     def __init__(
         self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None,
@@ -94,6 +96,9 @@ class Int4Sparse24Linear(CodedLinear):
         values = values.scatter(-1, where, both).flatten(1)[:, :k]
         scales = self.scales[rows].float()
         return values * affine.block_expand(scales, (1, self.groupsize), values.shape)
+
+    def triton_planes(self) -> list[Tensor | None]:
+        return sparse_planes(self.weight, self.positions)
 
     def make_tiles(self) -> None:
         super().make_tiles()

@@ -18,6 +18,7 @@ from torch import Tensor
 from kernels import affine
 from kernels.activations import SYMMETRIC, int8_matmul, int8_symmetric
 from kernels.coded import CodedLinear, interleave_rows
+from kernels.cuda.weight import TritonWeight
 from kernels.int8dq_int4 import SymmetricGrid
 from kernels.linear import Grid, Params
 from kernels.packing import unpack
@@ -106,6 +107,14 @@ class W4A8Linear(CodedLinear):
         parts = [int8_matmul(q.flatten(0, -2), self.int8_rows(r)) for r in self.panels()]
         y = torch.cat(parts, -1).view(*x.shape[:-1], -1).float() * scale * self.scales[:, 0]
         return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+
+    def triton_weight(self) -> TritonWeight:
+        inner = self.group_scales
+        return TritonWeight(
+            self.out_features, self.in_features, "integer", self.triton_planes(), bits=4,
+            groupsize=self.groupsize, scales=None if inner is None else inner.t(),
+            inner=inner is not None, row_scales=self.scales[:, 0],
+        )  # fmt: skip
 
     def make_tiles(self) -> None:
         super().make_tiles()

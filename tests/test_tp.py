@@ -19,7 +19,8 @@ import checkpoint as ckpt
 import tp
 from engine import Engine, Sampling
 from errors import UserError
-from kernels import FORMATS, native
+from kernels import native
+from kernels.formats import FORMATS
 from model import CONFIGS
 from modes import parse_mode, quantize_linear
 from quantize import CheckpointQuantizer

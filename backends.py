@@ -1,0 +1,32 @@
+"""The user's side of `--kernels`: the choice checked before anything is loaded."""
+
+import torch
+from torch import nn
+
+from errors import UserError
+from kernels import aten
+from kernels.choice import interpreting, kernels, load_triton, triton_on
+from kernels.linear import QuantizedLinear
+
+
+def choose_kernels(name: str, device: str) -> None:
+    """Set which kernels run (kernels/choice.py); a UserError where they cannot run on `device`."""
+    if device == "cpu" and (name == "aten" or (name == "triton" and not interpreting())):
+        hint = " (TRITON_INTERPRET=1 interprets them, very slowly)" if name == "triton" else ""
+        raise UserError(
+            f"--kernels {name} needs a GPU; on the CPU there are auto and inductor{hint}"
+        )
+    kernels(name)
+    if triton_on(torch.device(device)):
+        try:
+            load_triton()
+        except RuntimeError as error:
+            raise UserError(str(error)) from None
+
+
+def check_layers(model: nn.Module) -> None:
+    """A UserError if the model has a layer that the chosen kernels cannot multiply."""
+    if kernels() == "aten":
+        for name, layer in model.named_modules():
+            if isinstance(layer, QuantizedLinear) and (reason := aten.refusal(layer)):
+                raise UserError(f"--kernels aten, layer {name}: {reason}")

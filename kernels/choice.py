@@ -1,0 +1,56 @@
+"""Which kernels run: the one setting behind `--kernels`, and where Triton is at hand.
+
+    auto       the C++ products on the CPU, the Triton kernels on a GPU
+    triton     the Triton kernels; on the CPU only under Triton's interpreter
+    inductor   plain PyTorch forms, for torch.compile to fuse
+    aten       ATen's own int4 and int8 products on a GPU; attention and the rest as in `inductor`
+
+`kernels/cuda` imports Triton, so it is imported by `load_triton` alone. The setting decides the
+layout at `repack`, so it is set before a model is loaded.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+
+import torch
+
+KERNELS = ("auto", "triton", "inductor", "aten")
+_setting = "auto"
+
+
+def kernels(name: str | None = None) -> str:
+    """The setting; `name` changes it."""
+    global _setting
+    if name is not None:
+        if name not in KERNELS:
+            raise ValueError(f"kernels {name!r}: known are {', '.join(KERNELS)}")
+        _setting = name
+    return _setting
+
+
+def aten_on(device: torch.device) -> bool:
+    """Whether ATen's own quantized products are asked for on `device`."""
+    return _setting == "aten" and device.type == "cuda"
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels on the CPU, in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def triton_on(device: torch.device) -> bool:
+    """Whether the Triton kernels serve tensors on `device`, by the setting and by what is there."""
+    if device.type == "cuda":
+        return _setting in ("auto", "triton") and torch.version.hip is None
+    return _setting == "triton" and device.type == "cpu" and interpreting()
+
+
+@functools.cache
+def load_triton() -> None:
+    """Import the Triton kernels, which registers their operators."""
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("the Triton kernels need `pip install triton`; or take --kernels aten")
+    for name in ("linear", "attention"):
+        importlib.import_module(f"kernels.cuda.{name}")

@@ -1,0 +1,8 @@
+"""The Triton kernels. Imported where there is a CUDA device or Triton's interpreter is on.
+
+layout.py      weights as the kernels read them
+tiles.py       device functions: a tile of any format's weights, decoded in registers
+products.py    the kernels of the linear layer, one template for all formats
+linear.py      block sizes and splits, launches, the operator
+attention.py   attention over the filled part of a cache
+"""

@@ -1,0 +1,183 @@
+"""Attention of new tokens over the filled part of a cache, split over its slots.
+
+    out[b, h, t] = softmax(q[b, h, t] . k[b, h / (H / H_kv), 0 : start[b] + t + 1] / sqrt(D)) v
+
+A program takes the rows (t, g) of one key-value head: T new tokens times the G query heads that
+share it, so that K and V are read once for all of them. The blocks of filled slots are dealt out
+evenly to `splits` programs, by `start`, which stays on the device; a program without a block exits
+at once. Each leaves its softmax's maximum, sum and weighted values, and `combine` joins them.
+Source: flash-decoding (Dao et al. 2023), online softmax (arXiv 1805.02867).
+
+An int8 cache has a scale per slot and head: the keys' scale meets the scores, the values' the
+weights, so that both products run on the codes themselves.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.choice import interpreting
+from kernels.cuda.launch import Launch, multiprocessors
+from kernels.cuda.products import dot, operand
+
+MAX_SPLITS = 64
+PROGRAMS = 2  # wanted on each multiprocessor
+
+
+@triton.jit
+def block_share(start, tile, T, GROUP: tl.constexpr, R: tl.constexpr, BLOCK_S: tl.constexpr,
+                SPLITS: tl.constexpr):  # fmt: skip
+    """Of a tile of rows: slots that its last row sees, blocks of them, blocks a split."""
+    last = tl.minimum((tile + 1) * R - 1, T * GROUP - 1) // GROUP
+    end = start + last + 1
+    blocks = tl.cdiv(end, BLOCK_S)
+    return end, blocks, tl.cdiv(blocks, SPLITS)
+
+
+@triton.jit
+def attend(
+    q, k, v, start, k_scale, v_scale, out, maxima, totals,
+    q_b, q_h, q_t, out_b, out_h, out_t, T, S, D, kv_heads, softmax_scale,
+    GROUP: tl.constexpr, R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Grid (B H_kv, tiles of R rows, SPLITS). `softmax_scale` is log2(e) / sqrt(D).
+
+    One split writes out [B, H, T, D]; more write sums out [B H_kv, rows, SPLITS, D] fp32, maxima
+    and totals [B H_kv, rows, SPLITS] fp32, rows a multiple of R.
+    """
+    pair, tile, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    batch, kv_head = pair // kv_heads, pair % kv_heads
+    first = tl.load(start + batch).to(tl.int32)
+    end, blocks, share = block_share(first, tile, T, GROUP, R, BLOCK_S, SPLITS)
+    if split * share >= blocks:
+        return
+    r = tile * R + tl.arange(0, R)
+    t, d, slots = r // GROUP, tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
+    head = kv_head * GROUP + r % GROUP
+    r_ok, d_ok = t < T, d < D
+    at = batch * q_b + head * q_h + t.to(tl.int64) * q_t
+    qs = tl.load(q + at[:, None] + d[None, :], mask=r_ok[:, None] & d_ok[None, :], other=0)
+    best = tl.full([R], float("-inf"), tl.float32)
+    total = tl.zeros([R], tl.float32)
+    acc = tl.zeros([R, BLOCK_D], tl.float32)
+    for block in range(split * share, tl.minimum((split + 1) * share, blocks)):
+        slot = block * BLOCK_S + slots
+        s_ok = slot < end
+        place = pair * S + slot
+        offsets = place[:, None] * D + d[None, :]
+        mask = s_ok[:, None] & d_ok[None, :]
+        ks = operand(tl.load(k + offsets, mask=mask, other=0), qs.dtype, INTERPRET)
+        none = tl.zeros([R, BLOCK_S], tl.float32)
+        scores = dot(qs, tl.trans(ks), none, False, INTERPRET) * softmax_scale
+        if k_scale is not None:
+            scores *= tl.load(k_scale + place, mask=s_ok, other=0).to(tl.float32)[None, :]
+        scores = tl.where(slot[None, :] <= (first + t)[:, None], scores, float("-inf"))
+        top = tl.maximum(best, tl.max(scores, axis=1))
+        base = tl.where(top == float("-inf"), 0.0, top)  # a row that sees nothing so far
+        p = tl.exp2(scores - base[:, None])
+        fade = tl.exp2(best - base)
+        best, total = top, total * fade + tl.sum(p, axis=1)
+        if v_scale is not None:
+            p *= tl.load(v_scale + place, mask=s_ok, other=0).to(tl.float32)[None, :]
+        vs = operand(tl.load(v + offsets, mask=mask, other=0), qs.dtype, INTERPRET)
+        acc = dot(operand(p, qs.dtype, INTERPRET), vs, acc * fade[:, None], False, INTERPRET)
+    if SPLITS == 1:
+        acc /= total[:, None]
+        at = batch * out_b + head * out_h + t.to(tl.int64) * out_t
+        mask = r_ok[:, None] & d_ok[None, :]
+        tl.store(out + at[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    else:
+        row = (pair * (tl.num_programs(1) * R) + r) * SPLITS + split
+        tl.store(maxima + row, best)
+        tl.store(totals + row, total)
+        tl.store(out + row[:, None] * D + d[None, :], acc, mask=d_ok[None, :])
+
+
+@triton.jit
+def combine(
+    sums, maxima, totals, start, out,
+    out_b, out_h, out_t, T, D, kv_heads, tiles,
+    GROUP: tl.constexpr, R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Join the splits of one row. Grid (B H_kv, T GROUP)."""
+    pair, r = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, kv_head = pair // kv_heads, pair % kv_heads
+    tile = r // R
+    first = tl.load(start + batch).to(tl.int32)
+    _, blocks, share = block_share(first, tile, T, GROUP, R, BLOCK_S, SPLITS)
+    split, d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
+    used = split * share < blocks
+    row = (pair * (tiles * R) + r) * SPLITS + split
+    best = tl.load(maxima + row, mask=used, other=float("-inf"))
+    total = tl.load(totals + row, mask=used, other=0)
+    weight = tl.exp2(best - tl.max(best, axis=0))  # the first split sees slot 0: finite
+    mask = used[:, None] & (d < D)[None, :]
+    acc = tl.load(sums + row[:, None] * D + d[None, :], mask=mask, other=0)
+    y = tl.sum(acc * weight[:, None], axis=0) / tl.sum(total * weight, axis=0)
+    at = batch * out_b + (kv_head * GROUP + r % GROUP) * out_h + (r // GROUP) * out_t
+    tl.store(out + at + d, y.to(out.dtype.element_ty), mask=d < D)
+
+
+def attention_launches(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor, k_scale: Tensor | None,
+    v_scale: Tensor | None, out: Tensor, processors: int,
+) -> list[Launch]:  # fmt: skip
+    """The kernels that fill out [B, H, T, D]; tensors may be on the meta device."""
+    (batch, heads, t, d), kv_heads, slots = q.shape, k.shape[1], k.shape[2]
+    group = heads // kv_heads
+    block_d, rows = max(16, triton.next_power_of_2(d)), t * group
+    r = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    block_s = 32 if q.dtype == torch.float32 else 64
+    tiles, pairs = -(-rows // r), batch * kv_heads
+    wanted = max(1, min(processors * PROGRAMS // (pairs * tiles), -(-slots // block_s), MAX_SPLITS))
+    splits = triton.next_power_of_2(wanted + 1) // 2  # the power of two below
+    sums, maxima, totals = out, None, None
+    if splits > 1:
+        sums = torch.empty((pairs, tiles * r, splits, d), device=q.device)
+        maxima, totals = (torch.empty(sums.shape[:-1], device=q.device) for _ in range(2))
+    strides = {"out_b": out.stride(0), "out_h": out.stride(1), "out_t": out.stride(2)}
+    arguments = {
+        "q": q, "k": k, "v": v, "start": start, "k_scale": k_scale, "v_scale": v_scale,
+        "out": sums, "maxima": maxima, "totals": totals,
+        "q_b": q.stride(0), "q_h": q.stride(1), "q_t": q.stride(2), **strides,
+        "T": t, "S": slots, "D": d, "kv_heads": kv_heads,
+        "softmax_scale": math.log2(math.e) * d**-0.5,
+    }  # fmt: skip
+    constants = {"GROUP": group, "R": r, "BLOCK_S": block_s, "BLOCK_D": block_d, "SPLITS": splits}
+    options = {"num_warps": 8 if r == 64 else 4, "num_stages": 2}
+    launch = Launch(
+        attend, (pairs, tiles, splits), arguments, {**constants, "INTERPRET": interpreting()},
+        options,
+    )  # fmt: skip
+    if splits == 1:
+        return [launch]
+    arguments = {
+        "sums": sums, "maxima": maxima, "totals": totals, "start": start, "out": out, **strides,
+        "T": t, "D": d, "kv_heads": kv_heads, "tiles": tiles,
+    }  # fmt: skip
+    return [launch, Launch(combine, (pairs, rows), arguments, constants, {"num_warps": 4})]
+
+
+@torch.library.custom_op("flatllama::triton_attention", mutates_args=())
+def triton_attention(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> Tensor:
+    """Arguments and result as kernels.attention.attention; the caches contiguous."""
+    if q.stride(-1) != 1:
+        q = q.contiguous()
+    out = torch.empty_like(q)
+    if out.numel():
+        args = (q, k, v, start, k_scale, v_scale, out, multiprocessors(q.device))
+        for launch in attention_launches(*args):
+            launch.run()
+    return out
+
+
+@triton_attention.register_fake
+def _(q, k, v, start, k_scale, v_scale):
+    return torch.empty_like(q if q.stride(-1) == 1 else q.contiguous())

@@ -1,0 +1,73 @@
+"""A weight in the layout of the Triton kernels: what `repack` leaves on a GPU."""
+
+import torch
+from torch import Tensor, nn
+
+from kernels.cuda.layout import CHUNK, DEQUANTIZE_ROWS, sparse_columns
+
+
+class TritonWeight(nn.Module):
+    """The weight [N, K] of a linear layer, whatever its format.
+
+    Args:
+        n, k: its shape.
+        kind: "plain", "int8", "e4m3", "float", "integer", "table" or "sparse", see tiles.py.
+        planes: its codes (layout.py); of 8 bits and more: one plane [N, K].
+        bits, exponent: of a code, and of its exponent where it is a small float.
+        groupsize: columns that share a scale, 0: none do.
+        scales, zeros: [G, N]; zero says what the zeros are: "none", "int", "float".
+        inner: the group scales take the codes to int8 numbers.
+        row_scales: [N], times the whole row.
+        table: fp32, the value of each code.
+    """
+
+    def __init__(
+        self, n: int, k: int, kind: str, planes: list[Tensor | None], *, bits: int = 8,
+        exponent: int = 0, groupsize: int = 0, scales: Tensor | None = None,
+        zeros: Tensor | None = None, zero: str = "none", inner: bool = False,
+        row_scales: Tensor | None = None, table: Tensor | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        self.n, self.k, self.kind, self.bits, self.exponent = n, k, kind, bits, exponent
+        self.zero, self.inner = zero, inner
+        if scales is not None and scales.shape[0] == 1:  # one group a row
+            groupsize = -(-k // CHUNK) * CHUNK
+            if zero == "none" and not inner:
+                scales, row_scales, groupsize = None, scales[0], 0
+        self.groupsize = 0 if scales is None else groupsize
+        tensors = dict(zip(("fours", "twos", "ones"), planes, strict=True))
+        tensors |= {"scales": scales, "zeros": zeros, "row_scales": row_scales, "table": table}
+        for name, tensor in tensors.items():
+            tensor = None if tensor is None else tensor.contiguous()
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, x_scale: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x [..., K], times x_scale [..., 1] afterwards, plus the bias: [..., N] in `dtype`."""
+        dtype = dtype or x.dtype
+        flat = x.flatten(0, -2)
+        rows = flat.shape[0]
+        if self.kind == "sparse" and rows < DEQUANTIZE_ROWS:
+            flat = sparse_columns(flat)
+        if self.exponent == 5 and x.dtype == torch.float16 and rows > 1:
+            flat = flat.float()  # codes of 5 exponent bits pass fp16's largest number
+        if x_scale is not None:
+            x_scale = x_scale.float().expand(*x.shape[:-1], 1).reshape(-1).contiguous()
+        y = torch.ops.flatllama.triton_linear(
+            flat, self.fours, self.twos, self.ones, self.scales, self.zeros, self.row_scales,
+            self.table, x_scale, bias, self.n, self.k, self.kind, self.bits, self.exponent,
+            self.zero, self.groupsize, self.inner, dtype,
+        )  # fmt: skip
+        return y.view(*x.shape[:-1], self.n)
+
+
+def float_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K] times a bf16, fp16 or fp32 weight [N, K], plus the bias, for few rows."""
+    none = (None,) * 6
+    y = torch.ops.flatllama.triton_linear(
+        x.flatten(0, -2), weight, *none, None, bias, *weight.shape, "plain", 8, 0, "none", 0,
+        False, x.dtype,
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], weight.shape[0])

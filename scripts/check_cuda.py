@@ -1,0 +1,221 @@
+"""Check every Triton kernel on a GPU against its reference, then time them.
+
+python scripts/check_cuda.py --json cuda.json
+
+Checking comes first: every format, rows of every kernel, ragged and regular shapes, against the
+canonical weight's product in fp64; attention against its reference. The times are of Llama-3-8B's
+largest weight [28672, 4096], replayed in a CUDA graph over several copies of the weight, so that
+none is in the cache; beside each the same product of a plain bf16 weight by the library, timed in
+turns. Exit code 1 if a kernel is wrong.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from kernels import choice
+from kernels.activations import float8, int8_asymmetric, int8_symmetric
+from kernels.attention import attention, attention_reference
+from kernels.formats import FORMATS
+from kernels.linear import Linear
+from measure import read_bandwidth
+
+ROWS = (1, 2, 7, 16, 17, 64, 100, 600)
+SHAPES = ((4096, 512), (576, 130), (203, 35))  # K, N
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 2e-3}
+TIMED_ROWS = (1, 2, 8, 16, 32, 64, 128, 256, 512, 2048)
+ATTENTION = [  # B, H, Hkv, T, S, D, start
+    (1, 32, 8, 1, 4096, 128, [4000]), (2, 9, 3, 1, 700, 64, [650, 0]), (1, 8, 1, 5, 200, 80, [33]),
+    (1, 32, 8, 128, 300, 128, [100]),
+]  # fmt: skip
+
+
+def make(name: str, n: int, k: int, dtype: torch.dtype, device: str = "cuda"):
+    """A module of random weights, not yet repacked."""
+    cls = FORMATS[name]
+    w = torch.randn(n, k, device=device) * 0.05
+    with torch.device(device):
+        grid = cls(k, n, dtype=dtype).grid()
+        params = grid.fit(w)
+        codes = grid.round_to_nearest(w, params)
+    return cls.from_codes(codes, {**params, **grid.shared()}, None, dtype)
+
+
+def seen_by_the_product(name: str, x: torch.Tensor) -> torch.Tensor:
+    """x as the format's product sees it, fp64."""
+    if name in ("int8dq", "w4a8"):
+        q, scale = int8_symmetric(x)
+    elif name.startswith("int8dq-"):
+        q, scale = int8_asymmetric(x)
+    elif name.startswith("float8dq"):
+        q, scale = float8(x, per_token=name == "float8dq-row")
+    else:
+        return x.double()
+    return q.double() * scale.double()
+
+
+def relative(y: torch.Tensor, want: torch.Tensor) -> float:
+    return ((y.double() - want).norm() / want.norm()).item()
+
+
+def check_format(name: str) -> list[dict]:
+    """One entry for each shape, type and number of rows."""
+    found = []
+    for dtype, tolerance in TOLERANCE.items():
+        for k, n in SHAPES:
+            module = make(name, n, k, dtype)
+            weight = module.dequantize().double()
+            module.repack()
+            for rows in ROWS:
+                x = torch.randn(rows, k, device="cuda").to(dtype)
+                error = relative(module(x), seen_by_the_product(name, x) @ weight.t())
+                what = f"{name} [{n}, {k}] {dtype}, {rows} rows"
+                found.append({"what": what, "error": error, "ok": error < tolerance})
+    return found
+
+
+def check_float() -> list[dict]:
+    found = []
+    for dtype, tolerance in TOLERANCE.items():
+        for k, n in SHAPES:
+            linear = Linear(k, n, bias=True, device="cuda", dtype=dtype).requires_grad_(False)
+            for rows in (1, 2, 16):
+                x = torch.randn(rows, k, device="cuda").to(dtype)
+                want = x.double() @ linear.weight.double().t() + linear.bias.double()
+                error = relative(linear(x), want)
+                what = f"{dtype} [{n}, {k}], {rows} rows"
+                found.append({"what": what, "error": error, "ok": error < tolerance})
+    return found
+
+
+def check_attention() -> list[dict]:
+    found = []
+    for dtype, tolerance in TOLERANCE.items():
+        for b, h, hkv, t, s, d, start in ATTENTION:
+            q, start = torch.randn(b, h, t, d, device="cuda").to(dtype), torch.tensor(start).cuda()
+            shape = (b, hkv, s, d)
+            k, v = (torch.randn(shape, device="cuda").to(dtype) for _ in range(2))
+            codes = [torch.randint(-127, 128, shape, device="cuda").to(torch.int8) for _ in "kv"]
+            scales = [torch.rand(b, hkv, s, 1, device="cuda").to(dtype) / 100 for _ in "kv"]
+            for cache in ((k, v, start), (*codes, start, *scales)):
+                want = attention_reference(q.float(), *cache)
+                error = relative(attention(q, *cache), want.double())
+                kind = "int8" if len(cache) > 3 else str(dtype)
+                what = f"attention {[b, h, hkv, t, s, d]} {dtype}, {kind} cache"
+                found.append({"what": what, "error": error, "ok": error < tolerance})
+    return found
+
+
+def graph_of(calls: list[Callable]) -> torch.cuda.CUDAGraph:
+    """The calls, warmed up and captured."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for call in calls[:3]:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def times(graphs: list[tuple[torch.cuda.CUDAGraph, int]], repeats: int) -> list[list[float]]:
+    """Seconds a call of each graph (graph, calls in it), in turns."""
+    found: list[list[float]] = [[] for _ in graphs]
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for turn in range(3 + repeats):
+        for (graph, calls), mine in zip(graphs, found, strict=True):
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if turn >= 3:
+                mine.append(begin.elapsed_time(end) / 1e3 / calls)
+    return found
+
+
+def time_format(name: str, n: int, k: int, read: float, repeats: int) -> list[dict]:
+    """A row for each number of rows: the time, its part of the read bandwidth, bf16's time."""
+    base = [Linear(k, n, bias=False, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    module = make(name, n, k, torch.bfloat16) if name in FORMATS else base[0]
+    if name in FORMATS:
+        module.repack()
+        size = module.weight_bytes()
+    else:
+        size = n * k * 2
+    copies = [module, *(copy.deepcopy(module) for _ in range(max(1, 2**28 // size)))]
+    result = []
+    for rows in TIMED_ROWS:
+        x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+        ours = graph_of([partial(m, x) for m in copies])
+        weights = [b.weight for b in base]
+        plain = graph_of([partial(torch.nn.functional.linear, x, w) for w in weights * 2])
+        mine, other = times([(ours, len(copies)), (plain, 4)], repeats)
+        second, bf16 = statistics.median(mine), statistics.median(other)
+        result.append({
+            "format": name, "rows": rows, "shape": [n, k], "seconds": second, "bytes": size,
+            "percent_of_read_bandwidth": 100 * size / second / read, "bf16_seconds": bf16,
+            "spread": statistics.pstdev(mine) / statistics.fmean(mine),
+        })  # fmt: skip
+    return result
+
+
+def print_times(rows: list[dict]) -> None:
+    for r in rows:
+        noisy = "  (noisy)" if r["spread"] > 0.05 else ""
+        print(
+            f"{r['format']:<16}{r['rows']:>5} rows {r['seconds'] * 1e6:9.1f} us "
+            f"{r['percent_of_read_bandwidth']:6.1f}% of the read bandwidth, "
+            f"{r['bf16_seconds'] / r['seconds']:5.2f} times bf16 by the library{noisy}"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Check the Triton kernels on a GPU, time them.")
+    parser.add_argument("--formats", help="comma-separated; default: all")
+    parser.add_argument("--timed", default="bf16,int8,int8dq,int4,int8dq-int4,float8,float8dq-row,"
+                        "fp6,uint3,codebook4,int4-sparse24,w4a8")  # fmt: skip
+    parser.add_argument("--shape", type=int, nargs=2, default=(28672, 4096), metavar=("N", "K"))
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("error: no GPU here; tests/test_cuda.py checks what can be without", file=sys.stderr)
+        return 2
+    choice.kernels("triton")
+    choice.load_triton()
+    torch.set_grad_enabled(False)
+    checks = check_float() + check_attention()
+    for name in args.formats.split(",") if args.formats else FORMATS:
+        checks += check_format(name)
+    wrong = [c for c in checks if not c["ok"]]
+    for c in wrong:
+        print(f"WRONG {c['what']}: error {c['error']:.2e}")
+    print(f"{len(checks) - len(wrong)} of {len(checks)} products right")
+    read = read_bandwidth("cuda")
+    device = torch.cuda.get_device_name()
+    print(f"{device} reads {read / 1e9:.0f} GB/s; weight [{args.shape[0]}, {args.shape[1]}]")
+    rows = []
+    for name in filter(None, args.timed.split(",")):
+        mine = time_format(name, *args.shape, read, args.repeats)
+        print_times(mine)
+        rows += mine
+    if args.json:
+        figures = {"device": device, "torch": torch.__version__, "command": sys.argv,
+                   "read_bandwidth_bytes_per_s": read, "checks": checks, "times": rows}  # fmt: skip
+        args.json.write_text(json.dumps(figures, indent=1))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

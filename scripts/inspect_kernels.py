@@ -1,0 +1,215 @@
+"""Compile the Triton kernels for GPUs that are not here, and read what came out of it.
+
+python scripts/inspect_kernels.py --markdown > benchmarks/cuda_aot.md
+
+The kernels are those that a weight [4096, 4096] runs on a card of 132 multiprocessors, in bf16; for
+attention the shape of Llama-3-8B over 4096 slots. Registers, spills and shared memory come from
+`cuobjdump`, the loads and the instructions of the loop over the columns from `nvdisasm`, both from
+Triton's own wheel.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from kernels.choice import load_triton
+from kernels.cuda.launch import Launch
+
+N = K = 4096
+PROCESSORS = 132  # of an H100 or H200
+# name: kind, bits, other fields of Product
+FORMATS = {
+    "bf16": ("plain", 16, {}),
+    "int8": ("int8", 8, {}),
+    "int8dq": ("int8", 8, {"integer": True}),
+    "float8": ("e4m3", 8, {"exponent": 4}),
+    "fpx-4-3": ("float", 8, {"exponent": 4}),
+    "fp6": ("float", 6, {"exponent": 3}),
+    "int4 g64": ("integer", 4, {"group": 64, "zero": "float"}),
+    "int8dq-int4 g128": ("integer", 4, {"group": 128}),
+    "uint3 g64": ("integer", 3, {"group": 64, "zero": "int"}),
+    "uint7 g64": ("integer", 7, {"group": 64, "zero": "int"}),
+    "codebook4 g64": ("table", 4, {"group": 64}),
+    "int4-sparse24 g128": ("sparse", 4, {"group": 128}),
+    "w4a8 g128": ("integer", 4, {"group": 128, "inner": True, "integer": True}),
+}
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def planes(kind: str, bits: int) -> list[torch.Tensor | None]:
+    """Storage of a weight [N, K], see kernels/cuda/layout.py."""
+    if bits == 16:
+        return [empty(N, K), None, None]
+    if bits == 8:
+        return [empty(N, K, dtype=torch.int8), None, None]
+    digits = 3 if kind == "sparse" else bits
+    types = {4: torch.int32, 2: torch.int16, 1: torch.int8}
+    return [empty(N, K // 8, dtype=t) if digits & width else None for width, t in types.items()]
+
+
+def weight_tensors(kind: str, bits: int, rest: dict):
+    """planes, scales, zeros, row scales, table of a weight [N, K]."""
+    group = rest.get("group", 0)
+    scales = empty(K // group, N) if group else None
+    zeros = empty(K // group, N) if rest.get("zero") else None
+    row_scales = None if kind == "plain" or (group and not rest.get("inner")) else empty(N)
+    table = empty(16, dtype=torch.float32) if kind == "table" else None
+    return planes(kind, bits), scales, zeros, row_scales, table
+
+
+def product_launches(name: str, rows: int) -> list[Launch]:
+    """What a product of so many rows launches."""
+    from kernels.cuda.linear import Product, launches
+
+    kind, bits, rest = FORMATS[name]
+    integer = rest.get("integer", False)
+    product = Product(rows, N, K, kind, min(bits, 8), **rest)
+    x = empty(rows, K, dtype=torch.int8 if integer else torch.bfloat16)
+    x_scale = empty(rows, dtype=torch.float32) if integer else None
+    tensors = weight_tensors(kind, bits, rest)
+    return launches(product, x, *tensors, x_scale, None, empty(rows, N), PROCESSORS)
+
+
+def dequantize_launches(name: str) -> list[Launch]:
+    from kernels.cuda.linear import Product, dequantize_launch
+
+    kind, bits, rest = FORMATS[name]
+    rest = {k: v for k, v in rest.items() if k != "integer"}
+    product = Product(1024, N, K, kind, bits, **rest)
+    return [dequantize_launch(product, *weight_tensors(kind, bits, rest), empty(N, K))]
+
+
+def attention_launches(tokens: int, dtype: torch.dtype) -> list[Launch]:
+    """Llama-3-8B: 32 heads on 8, of 128."""
+    from kernels.cuda import attention
+
+    q, cache = empty(1, 32, tokens, 128), empty(1, 8, 4096, 128, dtype=dtype)
+    start, scale = empty(1, dtype=torch.int64), None
+    if dtype == torch.int8:
+        scale = empty(1, 8, 4096, 1)
+    return attention.attention_launches(q, cache, cache, start, scale, scale, q, PROCESSORS)
+
+
+def compiles(launch: Launch, capability: int) -> bool:
+    """float8 has no conversion before 8.9; there its codes are taken apart as fpx-4-3's are."""
+    return capability >= 89 or launch.constants.get("KIND") != "e4m3"
+
+
+def cases() -> Iterator[tuple[str, int, Launch]]:
+    """(what, rows, launch) of every kernel and format."""
+    for name in FORMATS:
+        for rows in (1, 16, 128):
+            yield name, rows, product_launches(name, rows)[0]
+    yield "splits added", 1, product_launches("int4 g64", 1)[1]
+    for name in ("int4 g64", "fp6"):
+        yield name, 1024, dequantize_launches(name)[0]
+    for dtype in (torch.bfloat16, torch.int8):
+        cache = str(dtype).removeprefix("torch.").replace("bfloat16", "bf16")
+        for tokens in (1, 512):
+            yield f"attention, {cache} cache", tokens, attention_launches(tokens, dtype)[0]
+    yield "attention's splits joined", 1, attention_launches(1, torch.bfloat16)[1]
+
+
+def tool(name: str, *arguments: str) -> str:
+    """The output of one of the programs in Triton's wheel."""
+    import triton.backends.nvidia as nvidia
+
+    program = Path(nvidia.__path__[0]) / "bin" / name
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def loop_instructions(sass: list[str]) -> list[str]:
+    """The opcodes between a label and the last branch back to it, of the longest such stretch."""
+    labels, best = {}, []
+    for i, line in enumerate(sass):
+        if label := re.match(r"\s*(\.L\w+):", line):
+            labels[label[1]] = i
+        elif (jump := re.search(r"BRA.*`\((\.L\w+)\)", line)) and jump[1] in labels:
+            body = opcodes(sass[labels[jump[1]] : i + 1])
+            best = max(best, body, key=len) if len(body) > 1 else best
+    return best
+
+
+def opcodes(lines: list[str]) -> list[str]:
+    pattern = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+    return [m[1] for line in lines if (m := pattern.match(line)) and m[1] != "NOP"]
+
+
+def inspect(launch: Launch, capability: int) -> dict:
+    """Registers, spills and shared memory (bytes), loads of weights, instructions per weight."""
+    compiled = launch.compile(capability)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = tool("cuobjdump", "-res-usage", file.name), tool("nvdisasm", "-c", file.name)
+    numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    lines = sass.splitlines()
+    every, loop = opcodes(lines), loop_instructions(lines)
+    kinds = Counter(op for op in every if op.startswith(("LDG", "LDGSTS", "UTMALDG")))
+    tensor = sorted({op for op in every if re.match(r"(HGMMA|IGMMA|HMMA|IMMA)", op)})
+    weights = [op for op in kinds if ".EF" in op or "BYPASS" in op]
+    c = launch.constants
+    per_thread = c.get("BLOCK_N", 0) * c.get("J", 0) * c.get("SLOTS", 0)
+    per_thread //= 32 * launch.options["num_warps"]
+    return {
+        "registers": numbers["REG"],
+        "spilled_bytes": numbers["STACK"] + numbers["LOCAL"],
+        "shared_bytes": compiled.metadata.shared,
+        "weight_loads": sorted(weights) or sorted(kinds),
+        "tensor": tensor,
+        "loop": len(loop),
+        "per_weight": len(loop) / per_thread if per_thread and loop else None,
+    }
+
+
+HEADER = (
+    "| what | rows of x | kernel | sm | registers | spilled | shared | loads | tensor cores | "
+    "loop instructions a weight and thread |\n" + "|---" * 10 + "|"
+)
+
+
+def table_row(what: str, rows: int, launch: Launch, capability: int) -> str:
+    r = inspect(launch, capability)
+    name, each = launch.kernel.__name__, r["per_weight"]
+    cells = (
+        what, rows, name, capability, r["registers"], r["spilled_bytes"], r["shared_bytes"],
+        " ".join(r["weight_loads"]), " ".join(r["tensor"]) or "-",
+        f"{each:.1f}" if each and name == "matvec" else "-",
+    )  # fmt: skip
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile the Triton kernels without a GPU.")
+    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--markdown", action="store_true", help="the whole of cuda_aot.md")
+    args = parser.parse_args()
+    load_triton()
+    if args.markdown:
+        import triton
+
+        print(f"# The Triton kernels, compiled without a GPU\n\nTriton {triton.__version__}.")
+        print(f"\n```\n{__doc__.strip()}\n```\n")
+    print(HEADER)
+    for what, rows, launch in cases():
+        if args.only in what:
+            for capability in (c for c in args.capability if compiles(launch, c)):
+                print(table_row(what, rows, launch, capability), flush=True)
+
+
+if __name__ == "__main__":
+    main()

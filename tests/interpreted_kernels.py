@@ -1,0 +1,167 @@
+"""The Triton kernels under Triton's interpreter, on the CPU; test_cuda.py runs this file.
+
+The interpreter is chosen before Triton is imported, hence a process of its own. It cuts bf16
+results off where a GPU rounds, so bf16 has twice the tolerance.
+"""
+
+import pytest
+import torch
+
+from kernels import choice
+from kernels.attention import attention, attention_reference
+from kernels.formats import FORMATS
+from kernels.linear import Linear
+from tests.test_formats import quantized, random_weight, seen_by_the_product
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# Columns: part of a chunk of 256; two chunks, so two splits. Rows of the weight: ragged.
+SHAPES = [(100, 35), (300, 18)]  # K, N
+MAIN = ("int8", "int8dq", "int4", "int8dq-int4", "float8dq-tensor", "float8dq-row", "fp6", "uint3",
+        "uint7", "codebook4", "int4-sparse24", "w4a8")  # fmt: skip
+REST = tuple(name for name in FORMATS if name not in MAIN)
+TOLERANCE = {FP32: 2e-5, FP16: 1.5e-3, BF16: 1e-2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def triton():
+    assert choice.interpreting()
+    choice.kernels("triton")
+    choice.load_triton()
+
+
+def check(name, k, n, rows, dtype, **settings):
+    """The module's product against fp64, from the canonical weight."""
+    bias = torch.randn(n).to(dtype)
+    module, *_ = quantized(name, random_weight(n, k), bias, dtype, **settings)
+    weight = module.dequantize().double()
+    module.repack()
+    assert module.packed is not None and module.weight is None
+    x = torch.randn(rows, k).to(dtype) * 2
+    want = seen_by_the_product(name, x) @ weight.t() + bias.double()
+    y = module(x)
+    assert y.dtype == dtype and y.shape == (rows, n)
+    tolerance = TOLERANCE[dtype]
+    if rows > 32 and name.startswith("int8dq-"):  # bf16 operands: scaled weights are rounded
+        tolerance = TOLERANCE[BF16]
+    error = (y.double() - want).norm() / want.norm()
+    assert error < tolerance, (name, k, n, rows, dtype, settings, error.item())
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_one_row(name):
+    for (k, n), dtype in zip(SHAPES, (FP32, BF16), strict=True):
+        check(name, k, n, 1, dtype)
+    check(name, 33, 5, 1, FP16)
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_more_rows(name):
+    for rows, dtype in ((2, FP16), (7, BF16), (17, FP32)):
+        k, n = SHAPES[rows % 2]
+        check(name, k, n, rows, dtype)
+
+
+@pytest.mark.parametrize("rows", [16, 100, 513])
+def test_rows_of_every_block(rows):
+    for name in ("int8", "int4", "int8dq", "int8dq-int4", "int4-sparse24", "w4a8"):
+        check(name, 100, 10, rows, BF16 if rows == 16 else FP32)
+
+
+@pytest.mark.parametrize("name", REST)
+def test_other_formats(name):
+    check(name, 100, 18, 1, FP32)
+    check(name, 100, 18, 3, FP16)
+
+
+@pytest.mark.parametrize(
+    ("name", "groupsize"),
+    [("int4", 8), ("int4", 72), ("int4", 32), ("int4", 128), ("int4", 256), ("int8dq-int4", 256),
+     ("int4-sparse24", 32), ("int4-sparse24", 0), ("w4a8", 0), ("w4a8", 32), ("uint3", 256),
+     ("uint7", 128), ("codebook4", 32)],
+)  # fmt: skip
+def test_group_sizes(name, groupsize):
+    k = 576 if groupsize > 64 else 203  # 576: SmolLM2's width, 4.5 groups of 128
+    check(name, k, 6, 1, FP32, groupsize=groupsize)
+    check(name, k, 6, 5, FP32, groupsize=groupsize)
+
+
+def test_float_weights():
+    for dtype in (FP32, BF16, FP16):
+        for rows, (k, n) in ((1, (576, 35)), (2, (33, 5)), (16, (100, 70)), (1, (1, 1))):
+            linear = Linear(k, n, bias=rows == 2).to(dtype).requires_grad_(False)
+            x = torch.randn(rows, k).to(dtype)
+            want = x.double() @ linear.weight.double().t()
+            want = want if linear.bias is None else want + linear.bias.double()
+            error = (linear(x).double() - want).norm() / want.norm()
+            assert error < TOLERANCE[dtype]
+
+
+def test_large_values_of_fp16():
+    """Codes of 5 exponent bits go past fp16's range."""
+    w = torch.tensor([[114688.0, 1.0, -2.0, 0.5]]).repeat(3, 16)
+    module, *_ = quantized("fpx-5-2", w, None, FP16)
+    weight = module.dequantize().double()
+    module.repack()
+    x = torch.randn(2, 64).half() / 256
+    want = x.double() @ weight.t()
+    assert (module(x).double() - want).norm() < 2e-3 * want.norm()
+
+
+def test_same_bits_again_and_leading_dimensions():
+    module, *_ = quantized("int4", random_weight(18, 600), None, BF16)
+    module.repack()
+    x = torch.randn(2, 3, 600).to(BF16)
+    y = module(x)
+    assert y.shape == (2, 3, 18) and torch.equal(y, module(x))
+    assert module(x[:, :0]).shape == (2, 0, 18)
+
+
+def test_input_scale():
+    module, *_ = quantized("int4", random_weight(8, 64), None, FP32)
+    module.input_scale = torch.rand(64).bfloat16()
+    want, x = module.dequantize().double(), torch.randn(3, 64)
+    module.repack()
+    assert (module(x).double() - x.double() @ want.t()).abs().max() < 1e-4
+
+
+def test_one_graph():
+    """torch.compile sees one graph, and the fakes give true shapes and types."""
+    for name in ("int4", "int8dq", "int4-sparse24", "float8dq-row"):
+        module, *_ = quantized(name, random_weight(8, 64), None, BF16)
+        module.repack()
+        x = torch.randn(2, 64).to(BF16)
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        with torch.inference_mode():
+            assert torch.equal(compiled(x), module(x))
+
+
+ATTENTION = [  # B, H, Hkv, T, S, D, start
+    (1, 9, 3, 1, 700, 64, [650]), (2, 4, 4, 1, 128, 80, [0, 127]), (1, 8, 1, 5, 200, 128, [33]),
+    (3, 6, 2, 12, 90, 17, [0, 70, 1]), (2, 4, 2, 40, 140, 32, [0, 97]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_attention(case, dtype):
+    b, h, hkv, t, s, d, start = case
+    q = torch.randn(b, t, h, d).to(dtype).transpose(1, 2)
+    k, v = (torch.randn(b, hkv, s, d).to(dtype) for _ in range(2))
+    start = torch.tensor(start)
+    for i, n in enumerate((start + t).tolist()):  # unfilled slots must never be touched
+        k[i, :, n:] = v[i, :, n:] = torch.nan
+    y = attention(q, k, v, start)
+    clean = torch.nan_to_num(k).float(), torch.nan_to_num(v).float()
+    want = attention_reference(q.float(), *clean, start)
+    assert y.dtype == dtype and (y - want).norm() < TOLERANCE[dtype] * want.norm()
+
+
+@pytest.mark.parametrize("case", ATTENTION[::2], ids=str)
+def test_attention_int8_cache(case):
+    b, h, hkv, t, s, d, start = case
+    q = torch.randn(b, h, t, d).bfloat16()
+    k, v = (torch.randint(-127, 128, (b, hkv, s, d), dtype=torch.int8) for _ in range(2))
+    k_scale, v_scale = (torch.rand(b, hkv, s, 1).bfloat16() / 100 for _ in range(2))
+    y = attention(q, k, v, torch.tensor(start), k_scale, v_scale)
+    want = attention_reference(q.float(), k, v, torch.tensor(start), k_scale, v_scale)
+    assert (y - want).norm() < TOLERANCE[BF16] * want.norm()
