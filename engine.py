@@ -288,8 +288,8 @@ class Engine:
         """From the second call on, run the compiled step without looking at its guards.
 
         They compare the weights and settings that the code was compiled for, hundreds of tensors,
-        which takes a millisecond a step. Nothing of it can have changed, except a cache that
-        another engine set up on the same model: then they are looked at.
+        which takes a millisecond a step. A cache that another engine set up on the same model is
+        noticed here; whoever changes the model's layers afterwards must make a new engine.
         """
         cache = self.model.layers[0].attention.kv_cache
         known, self.guarded_cache = self.guarded_cache is cache, cache
