@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import attention
-from kernels.blocks import MOST_ROWS, can_fuse, decode_blocks
+from kernels.decode import MOST_ROWS, decode, plan_decode
 from kernels.linear import Linear
 
 
@@ -241,7 +241,7 @@ class Transformer(nn.Module):
         if config.tied_head:
             self.output.weight = self.tok_embeddings.weight
         self.cache_length = 0
-        self.fused = False  # see `fuse`
+        self.plan: Tensor | None = None  # see `fuse`
         self.requires_grad_(False)
 
     def setup_cache(self, batch: int, length: int, kind: str = "bf16") -> None:
@@ -251,17 +251,18 @@ class Transformer(nn.Module):
         cache = (batch, config.n_kv_heads, length, config.head_dim, weight.dtype, device)
         for layer in self.layers:
             layer.attention.kv_cache = KV_CACHES[kind](*cache)
-        self.cache_length = length
+        self.cache_length, self.plan = length, None
         angles = torch.outer(torch.arange(length).float(), rope_frequencies(config)).to(device)
         self.register_buffer("rope_cos", angles.cos(), persistent=False)  # [S, D / 2]
         self.register_buffer("rope_sin", angles.sin(), persistent=False)
 
     def fuse(self) -> None:
-        """From now on run the blocks on few tokens as one operator, where there is one for them.
+        """From now on run on few tokens as one operator, if there is one for all of the layers.
 
-        Hooks on the layers inside are then passed over.
+        Until the next `setup_cache`. Hooks on the layers inside are passed over, and layers that
+        are replaced afterwards go unnoticed until `fuse` is called again.
         """
-        self.fused = can_fuse(self.layers)
+        self.plan = plan_decode(self)
 
     def rope(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of the angles at `position` [B, T]: [B, T, 1, D / 2] each."""
@@ -279,14 +280,13 @@ class Transformer(nn.Module):
         Returns:
             [B, T, V] in the model's dtype, or [B, 1, V] with `last`.
         """
+        if self.plan is not None and tokens.numel() <= MOST_ROWS:
+            return decode(self.plan, tokens, self.tok_embeddings.weight, start, last)
         position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # [B, T]
         cos, sin = self.rope(position)
         x = self.tok_embeddings(tokens)  # [B, T, C]
-        if self.fused and tokens.numel() <= MOST_ROWS:
-            x = decode_blocks(self.layers, x, cos, sin, start)
-        else:
-            for layer in self.layers:
-                x = layer(x, cos, sin, start, position)
+        for layer in self.layers:
+            x = layer(x, cos, sin, start, position)
         if last is not None:
             x = x.gather(1, last[:, None, None].expand(-1, 1, x.shape[-1]))
         return self.output(self.norm(x))

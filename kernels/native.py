@@ -188,7 +188,9 @@ def _register_fakes() -> None:
         ),
         "int4_linear": lambda x, tiles, bias, N, K, groupsize, exact: rows(x, N),
         "coded_linear": lambda x, *rest: rows(x, rest[7]),
-        "decode_blocks": lambda x, *rest: torch.empty_like(x),
+        "decode": lambda handle, tokens, embedding, start, last: embedding.new_empty(
+            (tokens.shape[0], tokens.shape[1] if last is None else 1, embedding.shape[0])
+        ),
         "attention": lambda q, k_cache, v_cache, start, k_scale=None, v_scale=None, softmax_scale=None: (  # noqa: E501
             q.new_empty(q.shape)
         ),

@@ -105,11 +105,7 @@ Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, 
   Pieces p{B, T, H, Hkv, D, S, type_of(q)};
   p.caches(k_cache, v_cache);
   p.q = static_cast<const char*>(queries.const_data_ptr());
-  if (int8) {
-    p.scale_type = type_of(kscales);
-    p.k_scale = static_cast<const char*>(kscales.const_data_ptr());
-    p.v_scale = static_cast<const char*>(vscales.const_data_ptr());
-  }
+  p.cache_scales(kscales, vscales);
   p.first = starts.const_data_ptr<int64_t>();
   p.y = static_cast<char*>(out.mutable_data_ptr());
   for (int i = 0; i < 3; i++) p.y_stride[i] = out.stride(i);

@@ -31,6 +31,14 @@ struct Pieces {
     for (int i = 0; i < 3; i++) k_stride[i] = k_cache.stride(i), v_stride[i] = v_cache.stride(i);
   }
 
+  // The scales [B, Hkv, S], contiguous, of an int8 cache; undefined for another.
+  void cache_scales(const at::Tensor& of_k, const at::Tensor& of_v) {
+    if (!of_k.defined()) return;
+    scale_type = type_of(of_k);
+    k_scale = static_cast<const char*>(of_k.const_data_ptr());
+    v_scale = static_cast<const char*>(of_v.const_data_ptr());
+  }
+
   // How the work is cut for `threads`, and the bytes of scratch that it needs.
   int64_t plan(int64_t threads) {
     int64_t most = 0;

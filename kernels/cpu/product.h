@@ -20,14 +20,13 @@ struct Product {
   std::vector<Tensor> held;
 
   Product() = default;
-  Product(const Tensors& tensors, at::IntArrayRef numbers, int64_t m, Type type) {
+  Product(const Tensors& tensors, at::IntArrayRef numbers, Type type) {
     TORCH_CHECK_VALUE(tensors.size() >= 3 && numbers.size() >= 3, "not a layer's native form");
     auto get = [&](size_t i) { return i < tensors.size() ? tensors[i] : std::nullopt; };
     Linear& a = c.a;
     kind = Kind(numbers[0]);
     a.n = numbers[1];
     a.k = numbers[2];
-    a.m = m;
     a.type = type;
     Tensor weight = hold(*get(0));
     a.w = weight.const_data_ptr();
@@ -76,17 +75,20 @@ struct Product {
   int64_t unit() const { return kind == Kind::rows ? 4 : 32; }
   int64_t units() const { return div_up(c.a.n, unit()); }
 
-  // Scratch that read() needs.
-  int64_t bytes() const {
+  // Scratch that read() needs for m rows.
+  int64_t bytes(int64_t m) const {
     const Linear& a = c.a;
-    return Scratch::round_up(a.m * a.k * 4) + Scratch::round_up(a.m * a.kpad * 4) +
-           3 * Scratch::round_up(a.m * (a.blocks + a.groups + 1) * 4);
+    return Scratch::round_up(m * a.k * 4) + Scratch::round_up(m * a.kpad * 4) +
+           3 * Scratch::round_up(m * (a.blocks + a.groups + 1) * 4);
   }
 
-  // x [m, k] in the form that run() takes; each thread makes its own, which saves a wait.
-  Coded read(const void* x, char* scratch) const {
+  // The product of x [m, k] into y [m, n], with x in the form that run() takes; each thread makes
+  // its own, which saves a wait.
+  Coded read(const void* x, int64_t m, void* y, char* scratch) const {
     Coded own = c;
     Linear& a = own.a;
+    a.m = m;
+    a.y = y;
     auto take = [&](int64_t count) {
       char* p = scratch;
       scratch += Scratch::round_up(count * 4);

@@ -1,4 +1,4 @@
-"""The fused transformer blocks against the plain ones: every format, caches, shapes, levels."""
+"""The model as one operator against its modules: every format, caches, shapes, levels."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import torch
 
 from engine import Engine, Sampling
 from kernels import native
-from kernels.blocks import decode_blocks
+from kernels.decode import decode
 from kernels.formats import FORMATS
 from model import CONFIGS, Transformer
 from quantize import quantize_
@@ -37,10 +37,13 @@ def make_model(config, mode: str | None, dtype: torch.dtype) -> Transformer:
     return model
 
 
-def steps(model: Transformer, kind: str, batch: int, tokens: int, filled: int) -> torch.Tensor:
+def steps(model: Transformer, kind, batch, tokens, filled, fused: bool) -> torch.Tensor:
     """Logits of a prompt of `filled` tokens, then two steps of `tokens` each: [2, B, tokens, V]."""
     generator = torch.Generator().manual_seed(2)
     model.setup_cache(batch, filled + 2 * tokens + 20, kind)
+    if fused:
+        model.fuse()
+    assert (model.plan is not None) == fused
     ids = torch.randint(0, 500, (batch, filled + 2 * tokens), generator=generator)
     uneven = torch.arange(batch) * 7 % 11  # sequences of different lengths
     with torch.inference_mode():
@@ -55,11 +58,8 @@ def steps(model: Transformer, kind: str, batch: int, tokens: int, filled: int) -
 
 
 def compare(model: Transformer, tolerance: float, kind="bf16", batch=1, tokens=1, filled=30):
-    model.fused = False
-    want = steps(model, kind, batch, tokens, filled)
-    model.fuse()
-    assert model.fused
-    got = steps(model, kind, batch, tokens, filled)
+    want = steps(model, kind, batch, tokens, filled, fused=False)
+    got = steps(model, kind, batch, tokens, filled, fused=True)
     error = (got - want).float().abs().max() / want.float().abs().max()
     assert error <= tolerance, error
 
@@ -110,8 +110,9 @@ def test_input_scales(algorithm):
 
 def test_a_format_without_tiles_stays_plain():
     model = make_model(CONFIGS["tiny"], "float8dq-row", torch.float32)
+    model.setup_cache(1, 16)
     model.fuse()
-    assert not model.fused
+    assert model.plan is None
 
 
 def test_compiled_step_writes_the_cache():
@@ -120,19 +121,43 @@ def test_compiled_step_writes_the_cache():
     for mode in (None, "default"):
         engine = Engine(model, Sampling(0.0, 0), length=64, compile_mode=mode)
         results.append(engine.generate(prompt, 40).token_ids[0])
-        assert model.fused
+        assert model.plan is not None
     assert results[0] == results[1]
+
+
+def test_rows_last():
+    model = make_model(ODD, "int8", torch.float32)
+    tokens, start, last = (
+        torch.randint(0, 500, (3, 4)),
+        torch.zeros(3).long(),
+        torch.tensor([3, 0, 2]),
+    )
+    model.setup_cache(3, 16)
+    want = model(tokens, start)[torch.arange(3), last]
+    model.fuse()
+    torch.testing.assert_close(model(tokens, start, last)[:, 0], want, rtol=1e-3, atol=1e-3)
 
 
 def test_refusals():
     model = make_model(CONFIGS["tiny"], None, torch.float32)
     model.setup_cache(1, 16)
     model.fuse()
-    x, angles = torch.zeros(1, 1, 64), torch.zeros(1, 1, 1, 8)
+    zero, one = torch.zeros(1).long(), torch.ones(1, 1).long()
     with pytest.raises(IndexError, match="do not fit a cache"):
-        decode_blocks(model.layers, x, angles, angles, torch.tensor([16]))
-    with pytest.raises(ValueError, match="1 to 16 rows"):
-        decode_blocks(model.layers, x.expand(1, 17, 64), angles, angles, torch.tensor([0]))
+        model(one, zero + 16)
+    with pytest.raises(IndexError, match="outside the vocabulary"):
+        model(one + 511, zero)
+    with pytest.raises(IndexError, match="row 1 of 1"):
+        model(one, zero, zero + 1)
+    table = model.tok_embeddings.weight
+    with pytest.raises(ValueError, match="1 to 16 tokens"):
+        decode(model.plan, one.expand(1, 17), table, zero)
+    with pytest.raises(ValueError, match="is gone"):
+        decode(torch.tensor([12345]), one, table, zero)
+    copy = model.plan.clone()
+    model.plan = None
+    with pytest.raises(ValueError, match="is gone"):
+        decode(copy, one, table, zero)
+    model.layers[1].feed_forward.w2 = model.layers[1].attention.wo
     with pytest.raises(ValueError, match="but its place is"):
-        model.layers[1].feed_forward.w2 = model.layers[1].attention.wo
-        decode_blocks(model.layers, x, angles, angles, torch.tensor([0]))
+        model.fuse()

@@ -1,0 +1,360 @@
+// The Transformer on a few new tokens as one operator, from their ids to their logits: one parallel
+// region, in which the threads wait for each other only where one needs what another has written.
+//
+//   x = embedding[token]
+//   x += wo(attention(rotate(wqkv(norm(x)))))      x += w2(silu(w1(norm(x))) * w3(norm(x)))
+//   logits = output(norm(x))
+//
+// What is small (norms, the inputs' quantization) every thread computes for itself; what is large
+// (the products, the cache) is shared out. Separate operators spend as long in their calls and in
+// waking threads as in reading the weights of a small model; so do hundreds of arguments, which
+// therefore come once (plan_decode) and not with every call.
+#include <ATen/ops/from_blob.h>
+#include <omp.h>
+#include <torch/library.h>
+
+#include <mutex>
+#include <set>
+
+#include "pieces.h"
+#include "product.h"
+
+namespace {
+
+struct Block {
+  Tensor norm1, norm2, k_cache, v_cache, k_scale, v_scale;  // no scales: a cache of x's dtype
+  Product wqkv, wo, w13, w2;
+};
+
+// What is known before the tokens come; sizes as in model.py.
+struct Plan {
+  int64_t C, H, Hkv, D, F, S;
+  at::ScalarType dtype;
+  float eps;
+  std::vector<Block> blocks;
+  Tensor norm, cos, sin;  // the last norm; the rotary tables [S, D / 2]
+  Product output;
+  int64_t self[1];  // the number that Python holds: this address
+
+  // Scratch of one thread for m rows: its normed rows, and the form its products take them in.
+  int64_t own_bytes(int64_t m) const {
+    int64_t most = output.bytes(m);
+    for (const Block& b : blocks)
+      for (const Product* p : {&b.wqkv, &b.wo, &b.w13, &b.w2}) most = std::max(most, p->bytes(m));
+    return Scratch::round_up(m * C * 4) + Scratch::round_up(most);
+  }
+};
+
+// One call: its rows, and room for what passes between the stages.
+struct Step {
+  const Plan& plan;
+  Type type;
+  int64_t size, B, T, M, own_bytes;  // bytes of a number; M = B T rows
+  const int64_t* last;               // [B], the row of each sequence whose logits are wanted; or all
+  char* logits;                      // [M or B, V]
+  char *x, *qkv, *q, *heads, *projected, *middle, *gate_up, *hidden, *own;
+  Pieces attention{};                // of a block whose caches are still to be set
+
+  char* rows_of(int rank) const { return own + rank * own_bytes; }
+
+  // This thread's columns of a product of m rows, and then work(first column, last column).
+  template <class Work>
+  void multiply(const Product& p, const char* from, int64_t m, char* to, int rank, int threads,
+                Work&& work) const {
+    char* scratch = rows_of(rank) + Scratch::round_up(M * plan.C * 4);
+    const int64_t first = p.units() * rank / threads, last = p.units() * (rank + 1) / threads;
+    if (first >= last) return;
+    p.run(p.read(from, m, to, scratch), first, last);
+    work(first * p.unit(), std::min(last * p.unit(), p.c.a.n));
+  }
+
+  // What thread `rank` of `threads` does in a block: x [M, C] in place.
+  void run(const Block& block, int rank, int threads) const {
+    const Plan& s = plan;
+    char* normed = rows_of(rank);
+    Pieces pieces = attention;
+    pieces.caches(block.k_cache, block.v_cache);
+    pieces.cache_scales(block.k_scale, block.v_scale);
+
+    // This thread's share of `count` pieces of work.
+    auto share = [&](int64_t count, auto&& work) {
+      for (int64_t i = count * rank / threads; i < count * (rank + 1) / threads; i++) work(i);
+    };
+    auto product = [&](const Product& p, const char* from, char* to, auto&& work) {
+      multiply(p, from, M, to, rank, threads, work);
+    };
+    auto add = [&](const char* a, const char* b, char* to) {
+      return [=, this](int64_t first, int64_t last) {
+        for (int64_t m = 0; m < M; m++) {
+          const int64_t at = (m * plan.C + first) * size;
+          kernels().add(a + at, b + at, type, last - first, to + at);
+        }
+      };
+    };
+    auto nothing = [](int64_t, int64_t) {};
+
+    kernels().rms_norm(x, block.norm1.const_data_ptr(), type, M, s.C, s.eps, normed);
+    product(block.wqkv, normed, qkv, nothing);
+#pragma omp barrier
+    share(M * (s.H + 2 * s.Hkv), [&](int64_t i) { place(block, pieces, i); });
+#pragma omp barrier
+    share(pieces.count, [&](int64_t i) { pieces.run(i, rank); });
+#pragma omp barrier
+    if (pieces.merges()) {
+      share(pieces.merges(), [&](int64_t r) { pieces.merge(r); });
+#pragma omp barrier
+    }
+    product(block.wo, heads, projected, add(x, projected, middle));
+#pragma omp barrier
+    kernels().rms_norm(middle, block.norm2.const_data_ptr(), type, M, s.C, s.eps, normed);
+    product(block.w13, normed, gate_up, nothing);
+#pragma omp barrier
+    const int64_t parts = div_up(s.F, 64);
+    share(M * parts, [&](int64_t i) {
+      const int64_t m = i / parts, first = i % parts * 64, n = std::min<int64_t>(64, s.F - first);
+      const char* gate = gate_up + (m * 2 * s.F + first) * size;
+      kernels().silu_mul(gate, gate + s.F * size, type, n, hidden + (m * s.F + first) * size);
+    });
+#pragma omp barrier
+    product(block.w2, hidden, projected, add(middle, projected, x));
+#pragma omp barrier
+  }
+
+  // What it does after the blocks: the logits of all rows, or of rows `last`.
+  void head(int rank, int threads) const {
+    char* normed = rows_of(rank);
+    const int64_t rows = last ? B : M;
+    for (int64_t r = 0; r < rows; r++)
+      kernels().rms_norm(x + (last ? r * T + last[r] : r) * plan.C * size,
+                         plan.norm.const_data_ptr(), type, 1, plan.C, plan.eps,
+                         normed + r * plan.C * size);
+    multiply(plan.output, normed, rows, logits, rank, threads, [](int64_t, int64_t) {});
+  }
+
+  // Head i of all the rows' H + 2 Hkv: queries rotated into q, keys and values into the cache.
+  void place(const Block& block, const Pieces& p, int64_t i) const {
+    const Plan& s = plan;
+    const int64_t all = s.H + 2 * s.Hkv, m = i / all, h = i % all, b = m / T, t = m % T;
+    const char* from = qkv + i * s.D * size;
+    const int64_t slot = p.first[b] + t;
+    const float* c = s.cos.const_data_ptr<float>() + slot * (s.D / 2);
+    const float* sn = s.sin.const_data_ptr<float>() + slot * (s.D / 2);
+    if (h < s.H) {
+      kernels().rotate(from, type, c, sn, s.D, q + ((b * s.H + h) * T + t) * s.D * size);
+      return;
+    }
+    const bool key = h < s.H + s.Hkv, int8 = block.k_scale.defined();
+    const int64_t head = key ? h - s.H : h - s.H - s.Hkv;
+    const int64_t* stride = key ? p.k_stride : p.v_stride;
+    char* to = static_cast<char*>((key ? block.k_cache : block.v_cache).mutable_data_ptr()) +
+               (b * stride[0] + head * stride[1] + slot * stride[2]) * p.cache_size;
+    alignas(64) char line[4 * 1024];
+    if (key) kernels().rotate(from, type, c, sn, s.D, int8 ? line : to);
+    else if (!int8) memcpy(to, from, s.D * size);
+    if (!int8) return;
+    const float scale = kernels().quantize_slot(key ? line : from, type, s.D, p.scale_type,
+                                                reinterpret_cast<int8_t*>(to));
+    void* scales = (key ? block.k_scale : block.v_scale).mutable_data_ptr();
+    const int64_t at = (b * s.Hkv + head) * s.S + slot;
+    if (p.scale_type == Type::fp32) static_cast<float*>(scales)[at] = scale;
+    else if (p.scale_type == Type::bf16) static_cast<at::BFloat16*>(scales)[at] = scale;
+    else static_cast<at::Half*>(scales)[at] = scale;
+  }
+};
+
+void check_vector(const Tensor& t, int64_t count, at::ScalarType dtype, const char* name) {
+  check_cpu(t, name);
+  TORCH_CHECK_VALUE(t.numel() == count && t.scalar_type() == dtype && t.is_contiguous(), name,
+                    " must be ", count, " contiguous numbers of the right dtype");
+}
+
+// Takes the layers' forms, one after another, out of the flat lists that come from Python: for each
+// the number of its tensors and of its numbers, then the numbers.
+struct Forms {
+  std::vector<std::optional<Tensor>> tensors;
+  at::IntArrayRef numbers;
+  size_t tensor = 0, number = 0;
+
+  Product next(Type type, int64_t n, int64_t k) {
+    TORCH_CHECK_VALUE(number + 2 <= numbers.size(), "too few forms");
+    const size_t ts = numbers[number], ns = numbers[number + 1];
+    TORCH_CHECK_VALUE(number + 2 + ns <= numbers.size() && tensor + ts <= tensors.size(),
+                      "the forms do not fit their tensors");
+    Product p(Tensors(tensors).slice(tensor, ts), numbers.slice(number + 2, ns), type);
+    TORCH_CHECK_VALUE(p.c.a.n == n && p.c.a.k == k, "a layer is ", p.c.a.n, " x ", p.c.a.k,
+                      ", but its place is ", n, " x ", k);
+    tensor += ts;
+    number += 2 + ns;
+    return p;
+  }
+};
+
+void check_caches(const Block& b, const Block& first, at::ScalarType dtype) {
+  const bool int8 = b.k_scale.defined();
+  for (const Tensor* t : {&b.k_cache, &b.v_cache}) {
+    check_cpu(*t, "a cache");
+    TORCH_CHECK_VALUE(t->dim() == 4 && t->sizes() == first.k_cache.sizes() && t->stride(3) == 1,
+                      "the caches must all be [B, Hkv, S, D]");
+    TORCH_CHECK_TYPE(t->scalar_type() == (int8 ? at::kChar : dtype), "the caches' dtype");
+  }
+  TORCH_CHECK_VALUE(int8 == first.k_scale.defined(), "the caches must be of one kind");
+  for (const Tensor* t : {&b.k_scale, &b.v_scale})
+    if (int8)
+      check_vector(*t, t->numel(), first.k_scale.scalar_type(), "cache scales");
+  const int64_t slots = b.k_cache.numel() / b.k_cache.size(3);
+  TORCH_CHECK_VALUE(!int8 || (b.k_scale.numel() == slots && b.v_scale.numel() == slots),
+                    "cache scales must be [B, Hkv, S]");
+}
+
+// The plans whose handles are alive, so that no other number is ever taken for one.
+std::mutex mutex;
+std::set<const Plan*> plans;
+
+// What `decode` needs of a model and its caches, as a handle: int64 [1], which owns the plan. The
+// norms: two of each block, and the last one; the forms: four of each block, and the head's.
+Tensor plan_decode(at::TensorList norms, double eps, const Tensor& cos, const Tensor& sin,
+                   at::TensorList k_caches, at::TensorList v_caches, at::TensorList k_scales,
+                   at::TensorList v_scales, int64_t heads, int64_t ffn, int64_t vocabulary,
+                   const c10::List<std::optional<Tensor>>& tensors, at::IntArrayRef forms) {
+  const size_t count = k_caches.size();
+  const bool int8 = !k_scales.empty();
+  TORCH_CHECK_VALUE(count > 0 && k_caches[0].dim() == 4 && v_caches.size() == count &&
+                        norms.size() == 2 * count + 1 && k_scales.size() == v_scales.size() &&
+                        (!int8 || k_scales.size() == count),
+                    "give two norms and two caches [B, Hkv, S, D] for each block");
+  auto plan = std::make_unique<Plan>();
+  const int64_t C = plan->C = norms[0].numel();
+  const int64_t Hkv = plan->Hkv = k_caches[0].size(1), D = plan->D = k_caches[0].size(3);
+  plan->H = heads;
+  plan->S = k_caches[0].size(2);
+  plan->F = ffn;
+  plan->dtype = norms[0].scalar_type();
+  plan->eps = float(eps);
+  TORCH_CHECK_VALUE(Hkv >= 1 && heads % Hkv == 0 && D % 2 == 0 && D <= 1024,
+                    "no attention of ", heads, " heads of ", D, " on ", Hkv);
+  for (const Tensor& norm : norms) check_vector(norm, C, plan->dtype, "a norm's weight");
+  for (const Tensor* t : {&cos, &sin}) check_vector(*t, plan->S * D / 2, at::kFloat, "cos or sin");
+  plan->norm = norms[2 * count];
+  plan->cos = cos;
+  plan->sin = sin;
+  Forms form{tensors.vec(), forms};
+  const Type type = type_of(norms[0]);
+  for (size_t i = 0; i < count; i++) {
+    Block b{norms[2 * i], norms[2 * i + 1], k_caches[i], v_caches[i]};
+    if (int8) {
+      b.k_scale = k_scales[i];
+      b.v_scale = v_scales[i];
+    }
+    check_caches(b, i ? plan->blocks[0] : b, plan->dtype);
+    b.wqkv = form.next(type, (heads + 2 * Hkv) * D, C);
+    b.wo = form.next(type, C, heads * D);
+    b.w13 = form.next(type, 2 * ffn, C);
+    b.w2 = form.next(type, C, ffn);
+    plan->blocks.push_back(std::move(b));
+  }
+  plan->output = form.next(type, vocabulary, C);
+  const std::lock_guard<std::mutex> lock(mutex);
+  Plan* p = plan.release();
+  plans.insert(p);
+  p->self[0] = reinterpret_cast<int64_t>(p);
+  auto free = [p](void*) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    plans.erase(p);
+    delete p;
+  };
+  return at::from_blob(p->self, {1}, free, at::TensorOptions(at::kLong));
+}
+
+const Plan& find_plan(const Tensor& handle) {
+  TORCH_CHECK_VALUE(handle.is_cpu() && handle.scalar_type() == at::kLong && handle.numel() == 1,
+                    "not a handle of plan_decode");
+  const auto* plan = reinterpret_cast<const Plan*>(*handle.const_data_ptr<int64_t>());
+  const std::lock_guard<std::mutex> lock(mutex);
+  TORCH_CHECK_VALUE(plans.count(plan), "the plan of this model is gone");
+  return *plan;
+}
+
+// One number of int64 [B] for each sequence.
+Tensor check_index(const Tensor& t, int64_t B, const char* name) {
+  TORCH_CHECK_VALUE(t.is_cpu() && t.scalar_type() == at::kLong && t.numel() == B, name,
+                    " must be int64 [B]");
+  return t.contiguous();
+}
+
+// tokens [B, T] at positions start[b] .. -> logits [B, T, V], or [B, 1, V] of the rows `last`; and
+// the new keys and values into the caches.
+Tensor decode(const Tensor& handle, const Tensor& tokens, const Tensor& embedding,
+              const Tensor& start, OptTensor last) {
+  const Plan& plan = find_plan(handle);
+  const int64_t V = plan.output.c.a.n;
+  check_cpu(embedding, "the embedding");
+  TORCH_CHECK_VALUE(embedding.dim() == 2 && embedding.size(0) == V && embedding.size(1) == plan.C &&
+                        embedding.scalar_type() == plan.dtype && embedding.is_contiguous(),
+                    "the embedding must be [", V, ", ", plan.C, "] in the model's dtype");
+  TORCH_CHECK_VALUE(tokens.is_cpu() && tokens.dim() == 2 && tokens.scalar_type() == at::kLong,
+                    "tokens must be int64 [B, T]");
+  const int64_t B = tokens.size(0), T = tokens.size(1), M = B * T;
+  TORCH_CHECK_VALUE(M >= 1 && M <= kFewRows && B == plan.blocks[0].k_cache.size(0),
+                    "decode takes 1 to ", kFewRows, " tokens of as many sequences as the caches, "
+                    "not ", tokens.sizes());
+  const Tensor starts = check_index(start, B, "start"), ids = tokens.contiguous();
+  const Tensor rows = last ? check_index(*last, B, "last") : Tensor();
+  for (int64_t b = 0; last && b < B; b++) {
+    const int64_t r = rows.const_data_ptr<int64_t>()[b];
+    TORCH_CHECK_INDEX(r >= 0 && r < T, "last: row ", r, " of ", T);
+  }
+
+  const int threads = at::get_num_threads();
+  Tensor out = at::empty({B, last ? 1 : T, V}, embedding.options());
+  Step s{plan, type_of(embedding), embedding.element_size(), B, T, M, plan.own_bytes(M)};
+  s.last = last ? rows.const_data_ptr<int64_t>() : nullptr;
+  s.logits = static_cast<char*>(out.mutable_data_ptr());
+  Pieces& p = s.attention = Pieces{B, T, plan.H, plan.Hkv, plan.D, plan.S, s.type};
+  p.cache_scales(plan.blocks[0].k_scale, plan.blocks[0].v_scale);
+  p.first = starts.const_data_ptr<int64_t>();
+  p.y_stride[0] = T * plan.H * plan.D;
+  p.y_stride[1] = plan.D;
+  p.y_stride[2] = plan.H * plan.D;
+  p.softmax_scale = 1.0f / std::sqrt(float(plan.D));
+
+  char** places[] = {&s.x, &s.qkv, &s.q, &s.heads, &s.projected, &s.middle, &s.gate_up, &s.hidden};
+  const int64_t C = plan.C, wide = plan.H * plan.D, kv = 2 * plan.Hkv * plan.D;
+  const int64_t sizes[] = {C, wide + kv, wide, wide, C, C, 2 * plan.F, plan.F};
+  int64_t bytes = p.plan(threads) + threads * s.own_bytes;
+  for (int64_t n : sizes) bytes += Scratch::round_up(M * n * s.size);
+  Scratch scratch(bytes);
+  p.take(scratch, threads);
+  for (int i = 0; i < 8; i++) *places[i] = scratch.take<char>(M * sizes[i] * s.size);
+  s.own = scratch.take<char>(threads * s.own_bytes);
+  p.q = s.q;
+  p.y = s.heads;
+  for (int64_t m = 0; m < M; m++) {
+    const int64_t id = ids.const_data_ptr<int64_t>()[m];
+    TORCH_CHECK_INDEX(id >= 0 && id < V, "token ", id, " is outside the vocabulary of ", V);
+    memcpy(s.x + m * C * s.size,
+           static_cast<const char*>(embedding.const_data_ptr()) + id * C * s.size, C * s.size);
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    const int rank = omp_get_thread_num(), count = omp_get_num_threads();
+    for (const Block& block : plan.blocks) s.run(block, rank, count);
+    s.head(rank, count);
+  }
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(flatllama, m) {
+  m.def("plan_decode(Tensor[] norms, float eps, Tensor cos, Tensor sin, Tensor[] k_caches, "
+        "Tensor[] v_caches, Tensor[] k_scales, Tensor[] v_scales, int heads, int ffn, "
+        "int vocabulary, Tensor?[] tensors, int[] forms) -> Tensor");
+  // The handle stands for the caches, which the call writes.
+  m.def("decode(Tensor(a!) handle, Tensor tokens, Tensor embedding, Tensor start, Tensor? last) "
+        "-> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(flatllama, CPU, m) {
+  m.impl("plan_decode", plan_decode);
+  m.impl("decode", decode);
+}

@@ -1,0 +1,52 @@
+"""The Transformer on a few new tokens as one call of a C++ operator (cpu/decode_ops.cpp).
+
+The arithmetic is that of the modules, rounded to the model's dtype at the same points; what is
+saved is the time between the operators: a small model's products take a few microseconds each, and
+so does calling one and waking the threads for it.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from kernels import native
+
+MOST_ROWS = 16  # B * T that the operator takes
+
+
+def plan_decode(model: nn.Module) -> Tensor | None:
+    """What the operator must know of a Transformer and of its caches, gathered once.
+
+    A later call then passes a handle and the tokens, not hundreds of tensors. The plan keeps the
+    tensors that the model has now: layers or caches set later need a new plan.
+
+    Returns:
+        The handle, int64 [1] (the plan lives as long as this tensor), or None where a linear layer
+        has no form that the operator takes.
+    """
+    layers, norms = [], []
+    for block in model.layers:
+        attention, feed_forward = block.attention, block.feed_forward
+        layers += [attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2]
+        norms += [block.attention_norm.weight, block.ffn_norm.weight]
+    forms = [getattr(layer, "native_form", lambda: None)() for layer in [*layers, model.output]]
+    if None in forms or not native.serves(model.norm.weight):
+        return None
+    tensors = [tensor for own, _ in forms for tensor in own]
+    numbers = [n for own, form in forms for n in (len(own), len(form), *form)]
+    caches = [block.attention.kv_cache for block in model.layers]
+    scaled = [cache for cache in caches if hasattr(cache, "k_scale")]
+    config = model.config
+    return torch.ops.flatllama.plan_decode(
+        [*norms, model.norm.weight], config.norm_eps, model.rope_cos, model.rope_sin,
+        [c.k for c in caches], [c.v for c in caches],
+        [c.k_scale for c in scaled], [c.v_scale for c in scaled],
+        config.n_heads, config.ffn_dim, config.vocab_size,
+        tensors, numbers,
+    )  # fmt: skip
+
+
+def decode(
+    plan: Tensor, tokens: Tensor, embedding: Tensor, start: Tensor, last: Tensor | None = None
+) -> Tensor:
+    """As `Transformer.forward`, for B T <= MOST_ROWS tokens; `embedding` is the table [V, C]."""
+    return torch.ops.flatllama.decode(plan, tokens, embedding, start, last)
