@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from calibration import InputStatistics
+from errors import UserError
 from kernels.linear import Grid, Params
 
 
@@ -95,6 +96,8 @@ def gptq(
         refinements: rounds of `refit` and `sweep` after GPTQ's own pass.
         blocksize: columns updated at once; changes the speed only.
     """
+    if percdamp < 0 or clip_steps < 1 or refinements < 0:
+        raise UserError("GPTQ needs percdamp >= 0, clip_steps >= 1 and refinements >= 0")
     hessian = damped(stats.hessian, percdamp)
     keep = grid.keep(w.abs() * hessian.diagonal().sqrt())  # Wanda's importance, arXiv 2306.11695
     params = fit_clipped(w * keep, grid, hessian, clip_steps)

@@ -56,7 +56,7 @@ ALGORITHMS = {
     "hqq": Algorithm(hqq.hqq, False, "HQQ: zero points refitted, large errors forgiven",
                      refuse=hqq.refuse),
     "gptq": Algorithm(gptq, True, "GPTQ: errors fed forward through the inverse Hessian",
-                      ("percdamp",)),
+                      ("percdamp", "clip_steps", "act_order", "refinements")),
     "awq": Algorithm(awq.awq, True, "AWQ: columns of large inputs scaled up, ranges clipped",
                      scales_input=True, refuse=awq.refuse),
     "smooth": Algorithm(smoothquant.smoothquant, True,

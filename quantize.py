@@ -240,6 +240,10 @@ def parse_args() -> argparse.Namespace:
     add("--calibration_samples", type=int, default=24)
     add("--calibration_seq_length", type=int, default=1024)
     add("--percdamp", type=float, default=0.25, help="GPTQ damping, of each diagonal entry")
+    add("--clip_steps", type=int, default=20, help="GPTQ: ranges its clip search tries; 1: none")
+    add("--act_order", action=argparse.BooleanOptionalAction, default=True,
+        help="GPTQ: columns of large inputs first")  # fmt: skip
+    add("--refinements", type=int, default=2, help="GPTQ: rounds of refitted grids after its pass")
     add("--alpha", type=float, help="of SmoothQuant, 0 to 1; default: searched for each layer")
     add("--min_sqnr", type=float, help="autoquant: signal-to-noise ratio that a layer keeps, in dB")
     add("--plan", type=Path, help="autoquant: JSON of timings and choices, reused if it exists")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from calibration import InputStatistics
+from errors import UserError
 from gptq import damped, fit_clipped, gptq
 from kernels.formats import FORMATS
 from kernels.int4 import Int4Grid
@@ -175,6 +176,13 @@ def test_a_hessian_that_overflowed_is_an_error():
     stats.hessian[0, 0] = torch.inf
     with pytest.raises(ValueError, match="not finite"):
         gptq(w, Int4Grid(32), stats)
+
+
+@pytest.mark.parametrize("option", [{"percdamp": -1}, {"clip_steps": 0}, {"refinements": -1}])
+def test_bad_options_are_refused(option):
+    w, stats = problem(4, 32)
+    with pytest.raises(UserError, match="GPTQ needs"):
+        gptq(w, Int4Grid(32), stats, **option)
 
 
 def test_the_weight_is_left_alone():
