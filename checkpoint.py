@@ -18,8 +18,9 @@ from torch import Tensor
 
 from errors import UserError
 from huggingface import config_from_hf, hf_names
+from kernels import native
 from kernels.formats import FORMATS
-from kernels.linear import QuantizedLinear
+from kernels.linear import Linear, QuantizedLinear
 from model import ModelConfig, Transformer
 from scripts.download import ensure_default_model
 
@@ -249,10 +250,12 @@ def load_model(
 
 
 def repack(model: torch.nn.Module) -> None:
-    """Turn every quantized layer's weight into the layout of its device's kernel, one by one."""
+    """Turn every linear layer's weight into the layout of its device's kernel, one by one."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.repack()
+        if isinstance(module, (Linear, QuantizedLinear)):
+            native.settle(module)
 
 
 class Writer:

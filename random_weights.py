@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from checkpoint import repack
 from errors import UserError
 from kernels.formats import FORMATS
 from model import ModelConfig, RMSNorm, Transformer
@@ -36,7 +37,9 @@ def random_model(
             ones = torch.ones(config.dim, device=device, dtype=dtype)
             module.weight = nn.Parameter(ones, requires_grad=False)
         layer_mode = head if name == "output" else mode
-        if isinstance(module, nn.Linear) and layer_mode and layer_mode.format in FORMATS:
-            model.set_submodule(name, quantized := quantize_linear(module, layer_mode))
-            quantized.repack()
+        if isinstance(module, nn.Linear):
+            if layer_mode and layer_mode.format in FORMATS:
+                module = quantize_linear(module, layer_mode)
+                model.set_submodule(name, module)
+            repack(module)
     return model.eval()

@@ -169,6 +169,13 @@ def read_bandwidth(size: int = 256 << 20, threads: int | None = None) -> float:
     return torch.ops.flatllama.read_bandwidth(size, threads)
 
 
+def settle(layer: torch.nn.Module) -> None:
+    """Move the weight of a layer on the CPU to huge pages, behind the layer settled before it."""
+    for tensor in [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]:
+        if tensor.dim() > 1 and serves(tensor):
+            tensor.data = torch.ops.flatllama.on_huge_pages(tensor.data)
+
+
 def _register_fakes() -> None:
     """Tell torch.compile and torch.export the shapes of the results."""
 

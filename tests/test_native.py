@@ -1,5 +1,6 @@
 """Every CPU kernel at every level against fp64 references, on regular and ragged shapes."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from kernels import native
+from kernels.linear import Linear
 
 ops = torch.ops.flatllama
 ROWS = [1, 2, 7, 16, 17, 100]
@@ -260,3 +262,18 @@ def test_without_a_compiler_one_line_and_false():
     )  # fmt: skip
     assert done.stdout.split() == ["False", "False"], done.stderr
     assert done.stderr.count("\n") == 1 and "compiler" in done.stderr
+
+
+def test_settled_weights_lie_one_after_another():
+    layers = [Linear(128, 64, bias=False) for _ in range(3)]
+    before = [layer.weight.detach().clone() for layer in layers]
+    for layer in layers:
+        native.settle(layer)
+    for layer, weight in zip(layers, before, strict=True):
+        assert torch.equal(layer.weight, weight)
+    places = [layer.weight.data_ptr() for layer in layers]
+    assert all(p % 64 == 0 for p in places)
+    assert 128 * 64 * 4 in {b - a for a, b in itertools.pairwise(places)}
+    kept = layers[2].weight
+    del layers, layer
+    assert torch.equal(kept, before[2])

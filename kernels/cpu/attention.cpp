@@ -59,18 +59,25 @@ static void widen_block(const Attention& a, int64_t s0, int64_t slots, float* ke
   }
 }
 
+struct Count {
+  alignas(64) int32_t lanes[kLanes] = {};
+  constexpr Count() {
+    for (int i = 0; i < kLanes; i++) lanes[i] = i;
+  }
+};
+static constexpr Count kCount;
+
 // scores [kBlock] of row r to weights, of which the first `seen` count; out is rescaled for them.
 INLINE void soften(const Attention& a, int64_t r, int64_t seen, const float* ks, const float* vs,
                    float* scores) {
   constexpr int kVectors = kBlock / kLanes;
+  const vi lanes = load<vi>(kCount.lanes);
   vf line[kVectors], best = splat(a.max[r]);
   UNROLL
   for (int i = 0; i < kVectors; i++) {
     line[i] = load<vf>(scores + i * kLanes);
     if (ks) line[i] *= load<vf>(ks + i * kLanes);
-    if (seen < kBlock)
-      for (int j = 0; j < kLanes; j++)
-        if (i * kLanes + j >= seen) line[i][j] = -1e30f;
+    line[i] = lanes + int32_t(i * kLanes) < int32_t(seen) ? line[i] : splat(-1e30f);
     best = max(best, line[i]);
   }
   const float top = max_of(best), shrink = exp(splat(a.max[r] - top))[0];
@@ -90,19 +97,11 @@ INLINE void soften(const Attention& a, int64_t r, int64_t seen, const float* ks,
       store(a.out + r * padded(a.d) + i, load<vf>(a.out + r * padded(a.d) + i) * shrink);
 }
 
-struct Evens {
-  alignas(64) int32_t lanes[kLanes] = {};
-  constexpr Evens() {
-    for (int i = 0; i < kLanes; i++) lanes[i] = 2 * i;
-  }
-};
-static constexpr Evens kEvens;
-
 constexpr int kFewRows = 8;  // up to here the cache goes through the registers, not the scratch
 
 // Lane i of the result: the sum of v[i].
 INLINE vf sums_of(vf (&v)[kLanes]) {
-  const vi even = load<vi>(kEvens.lanes), odd = even + 1;
+  const vi even = 2 * load<vi>(kCount.lanes), odd = even + 1;
   UNROLL
   for (int n = kLanes / 2; n > 0; n /= 2)
     UNROLL
