@@ -277,7 +277,7 @@ def read_or_make_plan(
     generator = torch.Generator().manual_seed(seed)
     shape = (length * 2 // 3,)
     prompt = torch.randint(source.config.vocab_size, shape, generator=generator).tolist()
-    engine = Engine(model, Sampling(temperature=0), length=length)
+    engine = Engine(model, Sampling(temperature=0), length=length, fused=False)
     plan = make_plan(
         {name: model.get_submodule(name) for name in names},
         lambda: engine.generate([prompt], length - len(prompt)),

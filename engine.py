@@ -162,6 +162,7 @@ class Engine:
         buckets: sizes of prefill chunks, ascending. None: chunks of the largest bucket and the rest
             unpadded, compiled for a dynamic length.
         spare: slots beyond `length`, written to but never kept.
+        fused: run steps as one operator where there is one; then hooks on layers are not called.
     """
 
     def __init__(
@@ -177,6 +178,7 @@ class Engine:
         seed: int = 0,
         buckets: tuple[int, ...] | None = BUCKETS,
         spare: int = 0,
+        fused: bool = True,
     ):
         if length > model.config.max_positions:
             limit = model.config.max_positions
@@ -185,7 +187,8 @@ class Engine:
         self.device = model.tok_embeddings.weight.device
         self.slots, self.buckets = cache_length(length + spare), buckets
         model.setup_cache(batch, self.slots, kv_cache)
-        model.fuse()
+        if fused:
+            model.fuse()
         self.generator = torch.Generator().manual_seed(seed)
         self.cached: list[int] = []  # the tokens whose keys and values row 0 of the cache holds
         self.decode_step, self.prefill_step = self._decode_step, self._prefill_step

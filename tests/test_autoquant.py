@@ -132,6 +132,7 @@ def test_the_same_plan_gives_the_same_checkpoint(tmp_path):
             loaded = Plan.load(plan)
             assert len(loaded.layers) == 9 and loaded.layers["output"]["shape"] == [199, 72]
             assert loaded.layers["output"]["calls"] == {"1": 128}
+            assert loaded.layers["layers.1.attention.wqkv"]["calls"]["1"] == 127
             loaded.layers["layers.0.attention.wo"]["mode"] = "int4-hqq:32"
             loaded.layers["layers.1.attention.wo"]["mode"] = "bf16"
             loaded.layers["output"]["mode"] = "int8dq"
