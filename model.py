@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import native
 from kernels.attention import attention
 from kernels.decode import MOST_ROWS, decode, plan_decode
 from kernels.linear import Linear
@@ -107,6 +108,8 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x [B, T, H, D] by angles [B, T, 1, D / 2], computed in fp32."""
+    if native.serves(x):
+        return torch.ops.flatllama.rotate(x, cos, sin)
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -173,6 +176,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if native.serves(x):
+            return torch.ops.flatllama.rms_norm(x, self.weight, self.eps)
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)
@@ -202,6 +207,14 @@ class Attention(nn.Module):
         return self.wo(y.transpose(1, 2).flatten(2))
 
 
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of [..., gate's F columns, then up's] -> [..., F]."""
+    if native.serves(gate_up):
+        return torch.ops.flatllama.silu_mul(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 class FeedForward(nn.Module):
     """w2(silu(gate) * up); the rows of w13 are the gate's, then up's (arXiv 2002.05202)."""
 
@@ -211,8 +224,7 @@ class FeedForward(nn.Module):
         self.w2 = Linear(config.ffn_dim, config.dim, bias=config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
+        return self.w2(silu_mul(self.w13(x)))
 
 
 class TransformerBlock(nn.Module):

@@ -198,6 +198,9 @@ def _register_fakes() -> None:
         "decode": lambda handle, tokens, embedding, start, last: embedding.new_empty(
             (tokens.shape[0], tokens.shape[1] if last is None else 1, embedding.shape[0])
         ),
+        "rms_norm": lambda x, weight, eps: x.new_empty(x.shape),
+        "silu_mul": lambda x: rows(x, x.shape[-1] // 2),
+        "rotate": lambda x, cos, sin: x.new_empty(x.shape),
         "attention": lambda q, k_cache, v_cache, start, k_scale=None, v_scale=None, softmax_scale=None: (  # noqa: E501
             q.new_empty(q.shape)
         ),

@@ -277,3 +277,23 @@ def test_settled_weights_lie_one_after_another():
     kept = layers[2].weight
     del layers, layer
     assert torch.equal(kept, before[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_between_the_products(level, dtype):
+    """Against float64 of the same formulas, on slices, of sizes that no vector divides."""
+    x, weight, _ = make(3 * 37, 51, 51, dtype)
+    x, wide = x.view(3, 37, 51), x.view(3, 37, 51).double()
+    norm = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
+    close(ops.rms_norm(x, weight, 1e-5), norm, dtype)
+    gate, up = wide[..., :25], wide[..., 25:50]
+    close(ops.silu_mul(x[..., :50]), gate * gate.sigmoid() * up, dtype)
+    heads, angles = x[..., 1:41].unflatten(-1, (4, 10)), torch.randn(3, 37, 1, 5)  # [B, T, H, D]
+    (a, b), cos, sin = heads.double().chunk(2, -1), angles.cos(), angles.sin()
+    want = torch.cat([a * cos.double() - b * sin.double(), b * cos.double() + a * sin.double()], -1)
+    close(ops.rotate(heads, cos, sin), want, dtype)
+    for op, empty in (
+        (lambda t: ops.rms_norm(t, weight, 1e-5), x[:0]),
+        (ops.silu_mul, x[:0, :, :50]),
+    ):
+        assert op(empty).numel() == 0

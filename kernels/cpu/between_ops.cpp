@@ -1,0 +1,92 @@
+// What lies between the products, for many rows, as operators: each reads and writes its rows once.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "ops.h"
+
+using at::Tensor;
+
+namespace {
+
+constexpr int64_t kGrain = 8;  // rows that are worth waking a thread for
+
+// x [..., C] / rms(x) * weight [C].
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  check_cpu(x, "x");
+  check_cpu(weight, "weight");
+  TORCH_CHECK_VALUE(x.dim() >= 1 && weight.sizes() == at::IntArrayRef({x.size(-1)}) &&
+                        weight.scalar_type() == x.scalar_type(),
+                    "weight must be one number for each column of x ", x.sizes(), ", in its dtype");
+  const Tensor rows = x.contiguous(), scale = weight.contiguous();
+  Tensor y = at::empty(x.sizes(), x.options());
+  const int64_t k = x.size(-1), size = x.element_size();
+  const Type type = type_of(x);
+  const char* from = static_cast<const char*>(rows.const_data_ptr());
+  char* to = static_cast<char*>(y.mutable_data_ptr());
+  at::parallel_for(0, k ? x.numel() / k : 0, kGrain, [&](int64_t i, int64_t last) {
+    kernels().rms_norm(from + i * k * size, scale.const_data_ptr(), type, last - i, k, float(eps),
+                       to + i * k * size);
+  });
+  return y;
+}
+
+// silu of the first half of each row of x [..., 2 F] times the second half -> [..., F].
+Tensor silu_mul(const Tensor& x) {
+  check_cpu(x, "x");
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) % 2 == 0, "x must be [..., 2 F], not ", x.sizes());
+  const Tensor rows = x.contiguous();
+  auto shape = x.sizes().vec();
+  const int64_t f = shape.back() /= 2, size = x.element_size();
+  Tensor y = at::empty(shape, x.options());
+  const Type type = type_of(x);
+  const char* from = static_cast<const char*>(rows.const_data_ptr());
+  char* to = static_cast<char*>(y.mutable_data_ptr());
+  at::parallel_for(0, f ? y.numel() / f : 0, kGrain, [&](int64_t i, int64_t last) {
+    for (; i < last; i++) {
+      const char* gate = from + 2 * i * f * size;
+      kernels().silu_mul(gate, gate + f * size, type, f, to + i * f * size);
+    }
+  });
+  return y;
+}
+
+// x [B, T, H, D] rotated by the angles of cos, sin [B, T, 1, D / 2] fp32.
+Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  check_cpu(x, "x");
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.size(3) % 2 == 0, "x must be [B, T, H, D], not ", x.sizes());
+  const int64_t B = x.size(0), T = x.size(1), H = x.size(2), D = x.size(3), size = x.element_size();
+  for (const Tensor* t : {&cos, &sin})
+    TORCH_CHECK_VALUE(t->is_cpu() && t->scalar_type() == at::kFloat && t->numel() == B * T * D / 2,
+                      "cos and sin must be fp32 [B, T, 1, D / 2]");
+  const Tensor heads = x.stride(3) == 1 ? x : x.contiguous();
+  const Tensor c = cos.contiguous(), s = sin.contiguous();
+  Tensor y = at::empty(x.sizes(), x.options());
+  const Type type = type_of(x);
+  const char* from = static_cast<const char*>(heads.const_data_ptr());
+  char* to = static_cast<char*>(y.mutable_data_ptr());
+  at::parallel_for(0, B * T, kGrain, [&](int64_t i, int64_t last) {
+    for (; i < last; i++) {
+      const char* row = from + (i / T * heads.stride(0) + i % T * heads.stride(1)) * size;
+      for (int64_t h = 0; h < H; h++)
+        kernels().rotate(row + h * heads.stride(2) * size, type,
+                         c.const_data_ptr<float>() + i * (D / 2),
+                         s.const_data_ptr<float>() + i * (D / 2), D, to + (i * H + h) * D * size);
+    }
+  });
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(flatllama, m) {
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("silu_mul(Tensor x) -> Tensor");
+  m.def("rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(flatllama, CPU, m) {
+  m.impl("rms_norm", rms_norm);
+  m.impl("silu_mul", silu_mul);
+  m.impl("rotate", rotate);
+}
