@@ -292,6 +292,10 @@ def test_between_the_products(level, dtype):
     (a, b), cos, sin = heads.double().chunk(2, -1), angles.cos(), angles.sin()
     want = torch.cat([a * cos.double() - b * sin.double(), b * cos.double() + a * sin.double()], -1)
     close(ops.rotate(heads, cos, sin), want, dtype)
+    shared = ops.rotate(heads, cos[:1], sin[:1])  # the same positions in every sequence
+    assert torch.equal(
+        shared, ops.rotate(heads, *(t[:1].expand(3, -1, -1, -1) for t in (cos, sin)))
+    )
     for op, empty in (
         (lambda t: ops.rms_norm(t, weight, 1e-5), x[:0]),
         (ops.silu_mul, x[:0, :, :50]),

@@ -51,16 +51,19 @@ Tensor silu_mul(const Tensor& x) {
   return y;
 }
 
-// x [B, T, H, D] rotated by the angles of cos, sin [B, T, 1, D / 2] fp32.
+// x [B, T, H, D] rotated by the angles of cos, sin [B or 1, T, 1, D / 2] fp32.
 Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   check_cpu(x, "x");
   TORCH_CHECK_VALUE(x.dim() == 4 && x.size(3) % 2 == 0, "x must be [B, T, H, D], not ", x.sizes());
   const int64_t B = x.size(0), T = x.size(1), H = x.size(2), D = x.size(3), size = x.element_size();
   for (const Tensor* t : {&cos, &sin})
-    TORCH_CHECK_VALUE(t->is_cpu() && t->scalar_type() == at::kFloat && t->numel() == B * T * D / 2,
-                      "cos and sin must be fp32 [B, T, 1, D / 2]");
+    TORCH_CHECK_VALUE(t->is_cpu() && t->scalar_type() == at::kFloat && t->dim() == 4 &&
+                          (t->size(0) == B || t->size(0) == 1) && t->size(1) == T &&
+                          t->size(2) == 1 && t->size(3) == D / 2,
+                      "cos and sin must be fp32 [B or 1, T, 1, D / 2], not ", t->sizes());
   const Tensor heads = x.stride(3) == 1 ? x : x.contiguous();
-  const Tensor c = cos.contiguous(), s = sin.contiguous();
+  const Tensor c = cos.expand({B, T, 1, D / 2}).contiguous();
+  const Tensor s = sin.expand({B, T, 1, D / 2}).contiguous();
   Tensor y = at::empty(x.sizes(), x.options());
   const Type type = type_of(x);
   const char* from = static_cast<const char*>(heads.const_data_ptr());
