@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from kernels import native
 from scripts.download import ensure_default_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +39,25 @@ CLUSTERS = [
 def default_model() -> Path:
     """The default model's directory, downloaded once."""
     return ensure_default_model()
+
+
+@pytest.fixture(scope="module")
+def library():
+    """The CPU kernels, at their best level again afterwards; skips without a compiler."""
+    if not native.load():
+        pytest.skip("no C++ compiler")
+    yield
+    native.set_cpu_level("best")
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def level(request, library):
+    """Each level of the CPU kernels that this CPU runs."""
+    try:
+        yield native.set_cpu_level(request.param)
+    except (ValueError, RuntimeError):
+        pytest.skip(f"this CPU has no {request.param}")
+    native.set_cpu_level("best")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from engine import Engine, Sampling
-from kernels import native
 from kernels.decode import decode
 from kernels.formats import FORMATS
 from model import CONFIGS, Transformer
@@ -18,12 +17,7 @@ ODD = dataclasses.replace(  # no size a multiple of 16, heads in groups of three
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def library():
-    if not native.load():
-        pytest.skip("no C++ compiler")
-    yield
-    native.set_cpu_level("best")
+pytestmark = pytest.mark.usefixtures("library")
 
 
 def make_model(config, mode: str | None, dtype: torch.dtype) -> Transformer:
@@ -72,15 +66,9 @@ def test_every_format(mode):
     compare(make_model(CONFIGS["tiny"], mode, torch.float32), 2e-5 if mode is None else 2e-3)
 
 
-@pytest.mark.parametrize("level", ["avx512", "avx2", "portable"])
 @pytest.mark.parametrize("mode", [None, "int8", "int4", "int8dq", "uint3"])
 def test_levels_and_odd_shapes(mode, level):
-    try:
-        native.set_cpu_level(level)
-    except (ValueError, RuntimeError):
-        pytest.skip(f"this CPU has no {level}")
     compare(make_model(ODD, mode, torch.float32), 2e-5 if mode is None else 5e-3)
-    native.set_cpu_level("best")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -127,11 +115,8 @@ def test_compiled_step_writes_the_cache():
 
 def test_rows_last():
     model = make_model(ODD, "int8", torch.float32)
-    tokens, start, last = (
-        torch.randint(0, 500, (3, 4)),
-        torch.zeros(3).long(),
-        torch.tensor([3, 0, 2]),
-    )
+    tokens, start = torch.randint(0, 500, (3, 4)), torch.zeros(3).long()
+    last = torch.tensor([3, 0, 2])
     model.setup_cache(3, 16)
     want = model(tokens, start)[torch.arange(3), last]
     model.fuse()

@@ -5,7 +5,7 @@ import torch
 from tiny import save_tiny
 
 from checkpoint import load_model, open_checkpoint
-from engine import Engine, Sampling, cache_length, compiled_graphs, probabilities, sample
+from engine import Engine, Sampling, cache_length, compiled_graphs, greedy, probabilities, sample
 from errors import UserError
 
 GREEDY = Sampling(temperature=0)
@@ -162,3 +162,10 @@ def test_requests_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="sampling"):
         Sampling(temperature=-1)
     assert engine.generate([[1] * 60], 4).token_ids[0]
+
+
+def test_greedy_takes_the_first_of_the_largest():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [-2.0, -5.0, -1.0, -1.5]])
+    assert greedy(logits).tolist() == [1, 2]
+    logits = torch.randn(5, 1000)
+    assert torch.equal(greedy(logits), logits.argmax(-1))

@@ -18,20 +18,7 @@ SHAPES = [(96, 576), (35, 100), (16, 64), (1, 1), (50, 77), (7, 8), (130, 257)] 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def library():
-    if not native.load():
-        pytest.skip("no C++ compiler")
-    yield
-    native.set_cpu_level("best")
-
-
-@pytest.fixture(params=["avx512", "avx2", "portable"])
-def level(request):
-    try:
-        return native.set_cpu_level(request.param)
-    except (ValueError, RuntimeError):
-        pytest.skip(f"this CPU has no {request.param}")
+pytestmark = pytest.mark.usefixtures("library")
 
 
 def close(y, want, dtype, tolerance=None):
