@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
+from kernels import native
 from model import Transformer
 
 BUCKETS = (64, 128, 256, 512)  # a prompt runs in chunks of these sizes, padded on the right
@@ -72,6 +73,8 @@ def greedy(logits: Tensor) -> Tensor:
 
     As a comparison with the maximum it is vectorized by the compiler; argmax is three times slower.
     """
+    if native.serves(logits):
+        return torch.ops.flatllama.greedy(logits)
     size = logits.shape[-1]
     ids = torch.arange(size, dtype=torch.int32, device=logits.device)
     largest = logits == logits.amax(-1, keepdim=True)

@@ -288,3 +288,13 @@ def test_between_the_products(level, dtype):
         (ops.silu_mul, x[:0, :, :50]),
     ):
         assert op(empty).numel() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 7, 255, 256, 257, 49152])
+def test_greedy(dtype, size):
+    logits = torch.randn(3, size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    logits[2] = -logits[2].abs() - 1  # all of them negative
+    assert torch.equal(ops.greedy(logits), logits.argmax(-1))
+    logits[:, size // 2 :] = logits.amax() + 1  # the first of many equal ones
+    assert ops.greedy(logits).tolist() == [size // 2] * 3
