@@ -76,6 +76,14 @@ def fit_clipped(
     return best
 
 
+def check_options(
+    percdamp: float, clip_steps: int, refinements: int, act_order: bool = True
+) -> None:
+    """A UserError for options of `gptq` that make no sense."""
+    if percdamp < 0 or clip_steps < 1 or refinements < 0:
+        raise UserError("GPTQ needs percdamp >= 0, clip_steps >= 1 and refinements >= 0")
+
+
 @torch.no_grad()
 def gptq(
     w: Tensor,
@@ -96,8 +104,7 @@ def gptq(
         refinements: rounds of `refit` and `sweep` after GPTQ's own pass.
         blocksize: columns updated at once; changes the speed only.
     """
-    if percdamp < 0 or clip_steps < 1 or refinements < 0:
-        raise UserError("GPTQ needs percdamp >= 0, clip_steps >= 1 and refinements >= 0")
+    check_options(percdamp, clip_steps, refinements)
     hessian = damped(stats.hessian, percdamp)
     keep = grid.keep(w.abs() * hessian.diagonal().sqrt())  # Wanda's importance, arXiv 2306.11695
     params = fit_clipped(w * keep, grid, hessian, clip_steps)

@@ -18,6 +18,7 @@ from autoquant import make_plan, read_or_make_plan
 from calibration import CalibrationStream, InputStatistics, calibration_tokens
 from engine import Engine, Sampling
 from errors import UserError, check_device, cli, progress
+from gptq import check_options
 from kernels.formats import FORMATS
 from measure import peak_memory
 from model import ModelConfig, TransformerBlock
@@ -225,6 +226,7 @@ def default_output(source: ckpt.Checkpoint, mode: Mode) -> Path:
 
 
 def parse_args() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description="Write a quantized checkpoint.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -294,6 +296,7 @@ def calibrate(source: ckpt.Checkpoint, args: argparse.Namespace) -> tuple[Calibr
 
 
 def main() -> None:
+    """Quantize the checkpoint, report."""
     args = parse_args()
     if args.list:
         print(list_modes())
@@ -320,6 +323,8 @@ def main() -> None:
             modes["output"] = head
         how = {"name": "autoquant", "min_sqnr": args.min_sqnr}
     elif algorithm.calibrated:
+        if mode.algorithm == "gptq":
+            check_options(**options)  # before the long part begins
         stream, how = calibrate(source, args)
     job = CheckpointQuantizer(source, mode, head, output, args.device, stream, options, how, modes)
     layers = job.run(lambda text: progress(f"{text}, {time.perf_counter() - begin:.0f} s"))

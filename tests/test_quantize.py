@@ -158,6 +158,7 @@ def test_command_line(tmp_path):
         (["--mode", "int4", "--groupsize", "7"], "group size 7"),
         (["--checkpoint_path", "nowhere"], "no checkpoint at nowhere"),
         (["--device", "cuda:99"], "no device"),
+        (["--mode", "int4-gptq", "--percdamp", "-1"], "GPTQ needs percdamp >= 0"),
         (["--output", "missing-folder/x.safetensors"], "cannot write"),
     ],
 )
