@@ -3,6 +3,7 @@
 python bench.py --modes bf16,int8,int4,int4-gptq:128 --text wiki.test.raw --plot table.png
 python bench.py --random_weights llama-3-8b --modes bf16,int8,int4
 python bench.py throughput|latency|position ...        # bench_serving.py
+python bench.py start --package model.pt2              # bench_start.py
 
 Every quantized mode becomes a checkpoint first (quantize.py), so that what is measured is what
 a user runs. Then the modes take turns, each turn a fresh `generate.py` process: memory is that
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 
 import bench_serving
+import bench_start
 from bench_report import Row, plot, pyplot, table
 from checkpoint import Checkpoint, open_checkpoint
 from errors import UserError, check_device, cli, progress
@@ -89,6 +91,11 @@ def label(mode: Mode) -> str:
     return f"{mode}.g{mode.groupsize}" if mode.groupsize else str(mode)
 
 
+def group_flags(mode: Mode) -> list[str]:
+    """The flag that asks for the mode's group size; 0 is one scale per row."""
+    return [] if mode.groupsize is None else ["--groupsize", str(mode.groupsize)]
+
+
 def entry_of_file(path: Path) -> Entry:
     """A row for a checkpoint that is there already."""
     header = open_checkpoint(path).header
@@ -101,8 +108,7 @@ def random_entry(mode: Mode, name: str) -> Entry:
     flags = ["--random_weights", name]
     if mode.format in FLOAT_MODES:
         return Entry(label(mode), [*flags, "--precision", mode.format])
-    group = ["--groupsize", str(mode.groupsize)] if mode.groupsize else []
-    return Entry(label(mode), [*flags, "--quantization", str(mode), *group])
+    return Entry(label(mode), [*flags, "--quantization", str(mode), *group_flags(mode)])
 
 
 def quantized_file(source: Checkpoint, mode: Mode, folder: Path, device: str) -> Path:
@@ -122,8 +128,7 @@ def quantized_file(source: Checkpoint, mode: Mode, folder: Path, device: str) ->
     for file in TOKENIZER_FILES:  # a checkpoint's tokenizer is looked for beside it
         if (source.directory / file).exists():
             shutil.copy(source.directory / file, folder)
-    group = ["--groupsize", str(mode.groupsize)] if mode.groupsize else []
-    flags = ["--mode", str(mode), *group, "--checkpoint_path", str(source.path)]
+    flags = ["--mode", str(mode), *group_flags(mode), "--checkpoint_path", str(source.path)]
     run_script("quantize.py", [*flags, "--output", str(folder / name), "--device", device])
     return folder / name
 
@@ -147,11 +152,28 @@ def take_turns(entries: list[Entry], flags: list[str], repeats: int) -> None:
             progress(f"turn {turn + 1} of {repeats}: {entry.mode} {speed:.1f} tokens/s")
 
 
-def score(entries: list[Entry], flags: list[str]) -> None:
-    """The perplexity of every entry by eval.py; returns nothing, fills the entries."""
+def score(entries: list[Entry], flags: list[str], folder: Path) -> None:
+    """The perplexity of every entry by eval.py, kept in `folder`; fills the entries."""
     for entry in entries:
-        entry.perplexity = run_script("eval.py", [*entry.flags, *flags])["perplexity"]
+        entry.perplexity = perplexity(entry, flags, folder / f"{entry.mode}.perplexity.json")
         progress(f"{entry.mode}: perplexity {entry.perplexity:.4f}")
+
+
+def perplexity(entry: Entry, flags: list[str], kept: Path) -> float:
+    """What eval.py finds, or found: `kept` holds its figures and flags from an earlier run.
+
+    They are taken if the flags are the same and no file of the checkpoint is newer.
+    """
+    checkpoint = open_checkpoint(Path(entry.flags[entry.flags.index("--checkpoint_path") + 1]))
+    changed = max(path.stat().st_mtime for path in checkpoint.files.values())
+    flags = [*entry.flags, *flags]
+    if kept.exists() and kept.stat().st_mtime > changed:
+        earlier = json.loads(kept.read_text())
+        if earlier["flags"] == flags:
+            return earlier["perplexity"]
+    figures = run_script("eval.py", flags)
+    kept.write_text(json.dumps({"flags": flags, **figures}, indent=1))
+    return figures["perplexity"]
 
 
 def make_rows(entries: list[Entry], read_bandwidth: float) -> list[Row]:
@@ -179,6 +201,7 @@ def make_rows(entries: list[Entry], read_bandwidth: float) -> list[Row]:
 
 
 def parse_args() -> argparse.Namespace:
+    """The command line of the table."""
     parser = argparse.ArgumentParser(
         description="Measure many modes in one run.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -207,8 +230,8 @@ def parse_args() -> argparse.Namespace:
                  "max-autotune-no-cudagraphs"])  # fmt: skip
     add("--repeats", type=int, default=3, help="turns; a figure is their median")
     add("--work_dir", type=Path,
-        help="keep the quantized checkpoints here, and use those that are there; "
-        "default: a temporary folder")  # fmt: skip
+        help="keep the quantized checkpoints and their perplexities here, and use those that "
+        "are there; default: a temporary folder")  # fmt: skip
     add("--json", type=Path, help="write the rows here")
     add("--plot", type=Path, metavar="FILE.png", help="draw speed and size against perplexity")
     return parser.parse_args()
@@ -240,7 +263,7 @@ def shared_flags(args: argparse.Namespace) -> list[str]:
     return ["--device", args.device, *kernels, "--kv_cache", args.kv_cache, *threads, *exact]
 
 
-def benchmark(entries: list[Entry], args: argparse.Namespace) -> dict:
+def benchmark(entries: list[Entry], args: argparse.Namespace, folder: Path) -> dict:
     """Measure the entries in turns, then score them; the figures for --json."""
     shared = shared_flags(args)
     compiled = ["--compile", "--compile_mode", args.compile_mode] if args.compile else []
@@ -257,7 +280,7 @@ def benchmark(entries: list[Entry], args: argparse.Namespace) -> dict:
     if args.text:
         limit = ["--limit", str(args.limit)] if args.limit else []
         length = ["--seq_length", str(args.seq_length)]
-        score(entries, [*shared, "--text", str(args.text), *length, *limit])
+        score(entries, [*shared, "--text", str(args.text), *length, *limit], folder)
         windows = f"the first {args.limit}" if args.limit else "all"
         protocol += (
             f"; token perplexity of {args.text.name}, {windows} non-overlapping "
@@ -293,6 +316,9 @@ def make_entries(args: argparse.Namespace, folder: Path) -> list[Entry]:
 
 
 def main() -> None:
+    """Make the checkpoints, measure, print the table, write JSON and plot."""
+    if sys.argv[1:2] == ["start"]:
+        return bench_start.main(sys.argv[2:])
     if sys.argv[1:2] and sys.argv[1] in bench_serving.COLUMNS:
         return bench_serving.main(sys.argv[1], sys.argv[2:])
     args = parse_args()
@@ -301,7 +327,7 @@ def main() -> None:
         folder = args.work_dir or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         entries = make_entries(args, folder)
-        figures = benchmark(entries, args)
+        figures = benchmark(entries, args, folder)
     progress("")
     rows = [Row(**row) for row in figures["rows"]]
     machine = figures["machine"]

@@ -21,8 +21,8 @@ import torch
 from bench_report import markdown, pyplot, save
 from engine import BUCKETS, Engine, Sampling, cache_length, compiled_graphs, configure_compiler
 from errors import UserError, progress
-from generate import add_model_arguments, load, step_bytes
-from measure import device_name, peak_memory, spread
+from generate import add_model_arguments, load
+from measure import device_name, peak_memory, spread, step_bytes
 from model import CONFIGS, Transformer
 
 GREEDY = Sampling(temperature=0)
@@ -211,6 +211,7 @@ def integers(text: str) -> list[int]:
 
 
 def parse_args(kind: str, argv: list[str]) -> argparse.Namespace:
+    """The command line of one `kind`."""
     parser = argparse.ArgumentParser(
         prog=f"bench.py {kind}", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import tp
 from backends import check_layers, choose_kernels
@@ -23,9 +22,10 @@ from engine import Engine, Result, Sampling, compiled_graphs, configure_compiler
 from errors import UserError, check_device, cli, progress
 from kernels import native
 from kernels.choice import KERNELS
-from measure import device_name, peak_memory, read_bandwidth, spread
+from measure import device_name, peak_memory, read_bandwidth, spread, step_bytes, weight_bytes
 from model import CONFIGS, Transformer
 from modes import FLOAT_MODES, head_mode, parse_mode
+from package import Package
 from prompts import encode_prompt, open_tokenizer, read_prompts
 from quantize import quantize_
 from random_weights import random_model
@@ -95,27 +95,6 @@ def load(args: argparse.Namespace, random_name: str | None = None):
     return model, name, checkpoint.directory
 
 
-def step_bytes(engine: Engine, position: float) -> int:
-    """Bytes that one decode step reads: the weights, and the cache filled up to `position`."""
-    embedding = engine.model.tok_embeddings.weight
-    tied = getattr(engine.model.output, "weight", None) is embedding
-    table = 0 if tied else embedding.numel() * embedding.element_size()
-    cache = sum(
-        b.numel() * b.element_size()
-        for layer in engine.model.layers
-        for b in layer.attention.kv_cache.buffers()
-    )
-    return weight_bytes(engine.model) - table + int(cache * position / engine.slots)
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of the model's weights as they lie in memory, the cache and rotary table left out."""
-    caches = {id(b) for layer in model.layers for b in layer.attention.kv_cache.buffers()}
-    skip = caches | {id(model.rope_cos), id(model.rope_sin)}
-    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(t.numel() * t.element_size() for i, t in tensors.items() if i not in skip)
-
-
 def report(engine: Engine, results: list[Result], args, mode: str, compile_s: float) -> dict:
     """The JSON of DESIGN section 9, from the measured samples."""
     steps = [s for r in results for s in r.step_s]
@@ -132,6 +111,7 @@ def report(engine: Engine, results: list[Result], args, mode: str, compile_s: fl
         "model": str(args.random_weights or args.checkpoint_path or "smollm2-135m-instruct"),
         "mode": mode, "device": device_name(args.device), "threads": torch.get_num_threads(),
         "kernels": args.kernels, "compile": args.compile,
+        "package": str(args.package) if args.package else None,
         "compile_mode": args.compile_mode if args.compile else None,
         "batch_size": batch, "prompt_tokens": last.prompt_tokens,
         "new_tokens": [len(ids) for r in results for ids in r.token_ids], "compile_s": compile_s,
@@ -185,6 +165,7 @@ def print_report(figures: dict) -> None:
 
 
 def parse_args() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description="Generate text and measure it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -210,6 +191,8 @@ def parse_args() -> argparse.Namespace:
         default="reduce-overhead",
         choices=["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
     )
+    add("--package", type=Path, metavar="FILE.pt2",
+        help="run the steps that scripts/export.py compiled, and compile nothing")  # fmt: skip
     add("--compile_prefill", action="store_true", help="compile the prefill of each bucket too")
     add(
         "--draft_checkpoint_path", type=Path, help="speculate: a smaller or quantized model guesses"
@@ -288,13 +271,22 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--num_samples, --batch_size and --max_new_tokens must be at least 1")
     if args.prompts and (args.interactive or args.batch_size > 1):
         raise UserError("--prompts is a batch of its own: leave --interactive, --batch_size out")
+    if args.package:
+        others = ("compile", "compile_prefill", "draft_checkpoint_path", "prompt_lookup",
+                  "cache_size")  # fmt: skip
+        if given := [name for name in others if getattr(args, name)]:
+            raise UserError(f"--package is compiled already, for one cache: leave --{given[0]} out")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("--package runs in one process: leave torchrun out")
 
 
 def main() -> None:
+    """Load the model, warm up, generate, report."""
     args = parse_args()
     check(args)
     texts = read_prompts(args.prompts) if args.prompts else [args.prompt] * args.batch_size
     model, mode, directory = load(args, args.random_weights)
+    package = Package(args.package) if args.package else None
     synthetic = not args.prompts and args.prompt.isdecimal()
     tokenizer = open_tokenizer(directory, model, required=not synthetic)
     if args.compile:
@@ -308,7 +300,12 @@ def main() -> None:
         vocab = model.config.vocab_size
         prompts = [encode_prompt(t, tokenizer, vocab, args.seed, synthetic) for t in texts]
         length = args.cache_size or max(map(len, prompts)) + args.max_new_tokens
+    if package:
+        package.check(model.tok_embeddings.weight.device, len(prompts), args.kv_cache)
+        length = package.about["slots"]
     engine = make_engine(model, length, len(prompts), args)
+    if package:
+        package.drive(engine)
     if args.compile:
         progress("compiling the decode step (half a minute the first time) ...")
     compile_s = engine.warm_up(max(map(len, prompts)))

@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from engine import Engine
 from kernels import native
 
 
@@ -66,3 +68,24 @@ def read_bandwidth(device: str) -> float:
         x.sum().item()
         best = min(best, time.perf_counter() - begin)
     return size / best
+
+
+def step_bytes(engine: Engine, position: float) -> int:
+    """Bytes that one decode step reads: the weights, and the cache filled up to `position`."""
+    embedding = engine.model.tok_embeddings.weight
+    tied = getattr(engine.model.output, "weight", None) is embedding
+    table = 0 if tied else embedding.numel() * embedding.element_size()
+    cache = sum(
+        b.numel() * b.element_size()
+        for layer in engine.model.layers
+        for b in layer.attention.kv_cache.buffers()
+    )
+    return weight_bytes(engine.model) - table + int(cache * position / engine.slots)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the model's weights as they lie in memory, the cache and rotary table left out."""
+    caches = {id(b) for layer in model.layers for b in layer.attention.kv_cache.buffers()}
+    skip = caches | {id(model.rope_cos), id(model.rope_sin), id(model.plan)}
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return sum(t.numel() * t.element_size() for i, t in tensors.items() if i not in skip)

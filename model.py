@@ -253,7 +253,7 @@ class Transformer(nn.Module):
         if config.tied_head:
             self.output.weight = self.tok_embeddings.weight
         self.cache_length = 0
-        self.plan: Tensor | None = None  # see `fuse`
+        self.register_buffer("plan", None, persistent=False)  # see `fuse`
         self.requires_grad_(False)
 
     def setup_cache(self, batch: int, length: int, kind: str = "bf16") -> None:

@@ -1,6 +1,7 @@
 """bench.py: turns, rows, the table and the plot, on tiny models; no figure's size is judged."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,22 @@ def test_files_are_reused_only_if_the_header_matches(tmp_path, monkeypatch):
     path.rename(folder / "model_int8.safetensors")  # a name that lies
     bench.quantized_file(source, parse_mode("int8"), folder, "cpu")
     assert written and open_checkpoint(folder / "model_int8.safetensors").header["mode"] == "int8"
+
+
+def test_a_group_size_of_zero_is_asked_for():
+    assert bench.group_flags(parse_mode("w4a8", 0)) == ["--groupsize", "0"]
+    assert bench.group_flags(parse_mode("int8")) == []
+
+
+def test_perplexities_are_kept_with_their_flags(tmp_path, monkeypatch):
+    directory, calls = save_tiny_with_tokenizer(tmp_path / "tiny")[0], []
+    fake = lambda script, flags: calls.append(flags) or {"perplexity": float(len(calls))}  # noqa: E731
+    monkeypatch.setattr(bench, "run_script", fake)
+    entry, kept = Entry("bf16", ["--checkpoint_path", str(directory)]), tmp_path / "kept.json"
+    assert [bench.perplexity(entry, ["--limit", "1"], kept) for _ in range(2)] == [1, 1]
+    assert bench.perplexity(entry, ["--limit", "2"], kept) == 2  # other windows
+    os.utime(directory / "model.safetensors", (2**33, 2**33))  # another model under that name
+    assert bench.perplexity(entry, ["--limit", "2"], kept) == 3
 
 
 def test_two_modes_on_a_tiny_model(tmp_path):

@@ -5,8 +5,8 @@ import torch
 
 from engine import Engine, Sampling
 from errors import UserError
-from generate import step_bytes
-from generate import weight_bytes as measured_bytes
+from measure import step_bytes
+from measure import weight_bytes as measured_bytes
 from model import CONFIGS
 from modes import parse_mode
 from predict import (

@@ -1,0 +1,163 @@
+"""The steps of an engine compiled ahead of time: an AOTInductor package, one .pt2 file.
+
+It holds code only: the decode step and the prefill of each chunk size, for one shape of model, mode
+of quantization, batch, cache and device. The weights stay in the checkpoint; at load the code is
+pointed at the tensors of the model and of its cache by their names. scripts/export.py writes one,
+`generate.py --package` runs it without tracing or compiling anything.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch._inductor import aot_compile
+from torch._inductor.package import load_package, package_aoti
+
+from engine import BUCKETS, Engine, sample
+from errors import UserError
+from kernels import native
+from kernels.choice import kernels
+
+DECODE = "decode"
+
+
+class DecodeStep(nn.Module):
+    """token [B, 1] at positions start [B] -> logits [B, V]."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, token: Tensor, start: Tensor) -> Tensor:
+        return self.model(token, start)[:, -1]
+
+
+class PrefillStep(DecodeStep):
+    """A chunk [B, T] at positions start [B] -> logits [B, V] after its rows last[b]."""
+
+    def forward(self, tokens: Tensor, start: Tensor, last: Tensor) -> Tensor:
+        return self.model(tokens, start, last)[:, -1]
+
+
+def chunk_sizes(slots: int) -> list[int]:
+    """The sizes of chunk that an engine with so many cache slots runs."""
+    return sorted({min(bucket, slots) for bucket in BUCKETS})
+
+
+def tensors_of(engine: Engine) -> dict[str, Tensor]:
+    """Every tensor that a step reads or writes, by the name that the package knows it by."""
+    step = DecodeStep(engine.model)
+    named = [
+        *step.named_parameters(remove_duplicate=False),
+        *step.named_buffers(remove_duplicate=False),
+    ]
+    return dict(named)
+
+
+def circumstances(device: torch.device) -> dict[str, str]:
+    """What compiled code depends on besides the model; it runs under the same only."""
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
+        f"cpu {torch.backends.cpu.get_cpu_capability()}",
+        "kernels": kernels() + (", C++" if native.loaded() else ""),
+        "exact_activations": str(native.exact_activations()),
+    }  # fmt: skip
+
+
+def write_package(engine: Engine, path: Path, report: Callable[[str], None]) -> None:
+    """Export and compile the steps of `engine` into the file `path`, which appears when whole.
+
+    `report` is called with a line for each step before it is compiled.
+    """
+    if path.suffix != ".pt2":
+        raise UserError(f"{path}: the name of a package ends in .pt2")
+    batch, device = engine.batch, engine.device
+    start = torch.zeros(batch, dtype=torch.int64, device=device)
+    examples = {DECODE: (DecodeStep(engine.model), (start[:, None].clone(), start))}
+    for size in chunk_sizes(engine.slots):
+        tokens = torch.zeros(batch, size, dtype=torch.int64, device=device)
+        step = (PrefillStep(engine.model), (tokens, start, start.clone()))
+        examples[f"prefill-{size}"] = step
+    about = {
+        **circumstances(device), "batch": batch, "slots": engine.slots,
+        "kv_cache": cache_kind(engine), "tensors": described(tensors_of(engine)),
+    }  # fmt: skip
+    options = {
+        "aot_inductor.package": True,
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.metadata": {"flatllama": json.dumps(about)},
+    }
+    files = {}
+    for name, (step, example) in examples.items():
+        report(f"compiling {name}")
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
+            program = torch.export.export(step, example)
+            files[name] = aot_compile(program.module(), example, options=options)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.pt2")
+    try:
+        package_aoti(str(temporary), files)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cache_kind(engine: Engine) -> str:
+    """As --kv_cache names it."""
+    return "int8" if engine.model.layers[0].attention.kv_cache.k.dtype == torch.int8 else "bf16"
+
+
+def described(tensors: dict[str, Tensor]) -> dict[str, list]:
+    """Shapes and dtypes, for JSON."""
+    return {name: [str(t.dtype), *t.shape] for name, t in sorted(tensors.items())}
+
+
+class Package:
+    """An opened package: what it was made for, and its steps."""
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise UserError(f"no package at {path}: scripts/export.py writes one")
+        self.path = path
+        try:
+            decode = load_package(str(path), DECODE)
+            self.about = json.loads(decode.get_metadata()["flatllama"])
+            names = [f"prefill-{size}" for size in chunk_sizes(self.about["slots"])]
+            self.steps = {DECODE: decode, **{n: load_package(str(path), n) for n in names}}
+        except (RuntimeError, KeyError, ValueError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{path} is no package of scripts/export.py: {reason}") from None
+
+    def check(self, device: torch.device, batch: int, kv_cache: str) -> None:
+        """A UserError where the package was made for something else than is asked for."""
+        wanted = {**circumstances(device), "batch": batch, "kv_cache": kv_cache}
+        for name, value in wanted.items():
+            if self.about[name] != value:
+                raise UserError(
+                    f"{self.path} was exported for {name} {self.about[name]}, and here it is "
+                    f"{value}: run scripts/export.py again"
+                )
+
+    def drive(self, engine: Engine) -> None:
+        """Make `engine` run the package's steps on its own tensors."""
+        tensors = tensors_of(engine)
+        if described(tensors) != self.about["tensors"]:
+            raise UserError(f"{self.path} was exported for another model, or another mode of it")
+        for step in self.steps.values():
+            needed = {name: tensors[name] for name in step.get_constant_fqns()}
+            step.load_constants(needed, check_full_update=True, user_managed=True)
+
+        def decode_step(token: Tensor, start: Tensor, u: Tensor) -> Tensor:
+            return sample(self.steps[DECODE](token, start), u, engine.sampling)[:, None]
+
+        def prefill_step(tokens: Tensor, start: Tensor, last: Tensor) -> Tensor:
+            return self.steps[f"prefill-{tokens.shape[1]}"](tokens, start, last)
+
+        engine.decode_step, engine.prefill_step = decode_step, prefill_step

@@ -1,0 +1,62 @@
+"""Compile a model's decode step and prefill ahead of time, for `generate.py --package`.
+
+python scripts/export.py --checkpoint_path FILE --output model.pt2
+python generate.py --checkpoint_path FILE --package model.pt2
+
+The package holds no weights, only code; it serves every checkpoint of the same shape and mode, any
+prompt that fits its cache, and any sampling.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine import Engine, Sampling, configure_compiler
+from errors import UserError, cli, progress
+from generate import add_model_arguments, load
+from model import CONFIGS
+from package import write_package
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Write a package of compiled steps.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add_model_arguments(parser)
+    add("--random_weights", choices=list(CONFIGS), metavar="NAME", help="true shapes, no files")
+    add("--output", type=Path, default=Path("model.pt2"), metavar="FILE.pt2", help="file to write")
+    add("--batch_size", type=int, default=1, help="sequences that run together")
+    add("--cache_size", type=int, default=2048, help="cache slots: prompt and new tokens together")
+    add("--kv_cache", choices=["bf16", "int8"], default="bf16")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Load the model, compile its steps and write them."""
+    args = parse_args()
+    if min(args.batch_size, args.cache_size) < 1:
+        raise UserError("--batch_size and --cache_size must be at least 1")
+    if args.output.suffix != ".pt2" or not args.output.parent.is_dir():
+        raise UserError(f"--output {args.output}: a file in an existing folder, ending in .pt2")
+    begin = time.perf_counter()
+    model, mode, _ = load(args, args.random_weights)
+    configure_compiler()
+    settings = {"batch": args.batch_size, "length": args.cache_size, "kv_cache": args.kv_cache}
+    engine = Engine(model, Sampling(temperature=0), **settings)
+    write_package(engine, args.output, progress)
+    progress("")
+    size = args.output.stat().st_size / 1e6
+    print(
+        f"{args.output}: {mode}, batch {engine.batch}, {engine.slots} slots, {size:.1f} MB, "
+        f"{time.perf_counter() - begin:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    cli(main)
