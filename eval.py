@@ -164,6 +164,7 @@ def run_tasks(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace
 
 
 def parse_args() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description="Perplexity, divergence from a reference, lm_eval tasks.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -209,6 +210,7 @@ def run_perplexity(model: Transformer, tokenizer: Tokenizer, args: argparse.Name
 
 
 def main() -> None:
+    """Load the model, score the text, run the tasks, write the JSON."""
     args = parse_args()
     if args.reference and args.tasks and not args.text:
         raise UserError("--reference compares on a text: give --text beside --tasks")

@@ -138,6 +138,7 @@ def prediction_table(mode: str) -> str:
 
 
 def main() -> None:
+    """Print what the command line asks to predict."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", choices=list(CONFIGS), default="llama-3.1-8b")

@@ -168,6 +168,7 @@ def byte_level_step(config: dict[str, Any]) -> Step:
 
 
 def split_step(config: dict[str, Any]) -> Step:
+    """The pieces of a text by the pattern of a Split pre-tokenizer."""
     pattern, inverted = compile_pattern(config["pattern"]), config.get("invert", False)
     behavior = config["behavior"]
     if behavior not in ("Isolated", "Removed"):
@@ -195,6 +196,7 @@ def digits_step(config: dict[str, Any]) -> Step:
 
 
 def metaspace_step(config: dict[str, Any]) -> Step:
+    """Spaces become marks, and a piece begins at each mark (sentencepiece's words)."""
     mark, split = config.get("replacement", "▁"), config.get("split", True)
     scheme = config.get("prepend_scheme", "always")
     if config.get("add_prefix_space") is False:
@@ -286,6 +288,7 @@ class JsonBPE:
         return "▁" in model.vocab and not model.whole and not across
 
     def encode(self, text: str, allow_special: bool) -> list[int]:
+        """Token ids of a text; special tokens in it count as such where allowed."""
         ids: list[int] = []
         first = True
         for raw in self.raw[allow_special].split(text):

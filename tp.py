@@ -152,6 +152,7 @@ class QuantizedSource:
     def tensor(
         self, name: str, rows: list[slice] | None = None, columns: slice | None = None
     ) -> Tensor:
+        """A part of a tensor; its layer is quantized when first asked for."""
         module, _, attribute = name.rpartition(".")
         if module not in self.modes:
             return self.source.tensor(name, rows, columns)
@@ -179,6 +180,7 @@ class RandomSource:
     def tensor(
         self, name: str, rows: list[slice] | None = None, columns: slice | None = None
     ) -> Tensor:
+        """A part of a random tensor; every process draws them all, in the same order."""
         if len(self.shapes[name]) == 1:
             fill = torch.zeros if name.endswith("bias") else torch.ones
             return piece(fill(self.shapes[name], **self.options), rows, columns)

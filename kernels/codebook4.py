@@ -72,6 +72,7 @@ class CodebookGrid(Grid):
         self.codebook: Tensor | None = None
 
     def learn(self, pieces: Iterable[Tensor]) -> None:
+        """The 16 values, from a sample of all the groups."""
         values, weights = [], []
         for piece in pieces:
             w = piece.float()

@@ -122,6 +122,7 @@ class CodedLinear(QuantizedLinear):
         return lane_planes(self.weight, self.bits, self.in_features)
 
     def triton_weight(self) -> TritonWeight:
+        """Bit planes, scales and zeros [G, N] as the Triton products read them."""
         scales, zeros = self.scales.t(), None
         if scales.shape[1] != self.out_features:
             scales = scales.expand(-1, self.out_features)

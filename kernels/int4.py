@@ -105,6 +105,7 @@ class Int4Linear(QuantizedLinear):
         )  # fmt: skip
 
     def repack(self) -> None:
+        """To the tiles of Triton, of ATen or of the C++ products, whichever serves the device."""
         if self.repack_for_triton() or self.tinygemm is not None:
             return
         if self.weight is not None and aten_on(self.weight.device) and not aten.refusal(self):

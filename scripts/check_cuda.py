@@ -98,6 +98,7 @@ def check_float() -> list[dict]:
 
 
 def check_attention() -> list[dict]:
+    """Attention of several shapes, caches of both kinds, against its reference."""
     found = []
     for dtype, tolerance in TOLERANCE.items():
         for b, h, hkv, t, s, d, start in ATTENTION:
@@ -181,6 +182,7 @@ def print_times(rows: list[dict]) -> None:
 
 
 def main() -> int:
+    """Check, then time; exit code 1 if a kernel is wrong."""
     parser = argparse.ArgumentParser(description="Check the Triton kernels on a GPU, time them.")
     parser.add_argument("--formats", help="comma-separated; default: all")
     parser.add_argument("--timed", default="bf16,int8,int8dq,int4,int8dq-int4,float8,float8dq-row,"

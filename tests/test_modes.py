@@ -1,0 +1,75 @@
+"""Every mode there is: quantize.py, generate.py and eval.py on the default model's first block."""
+
+import json
+import sys
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import eval as evaluation
+import generate
+import quantize
+from calibration import BUNDLED
+from modes import mode_names, parse_mode
+
+BLOCKS = 1
+FEW = {"calibration_samples": 2, "calibration_seq_length": 128, "clip_steps": 4, "refinements": 1}
+
+
+@pytest.fixture(scope="module")
+def source(default_model, tmp_path_factory):
+    """The default model without its later blocks, as a Hugging Face directory; and a text."""
+    directory = tmp_path_factory.mktemp("blocks")
+    config = json.loads((default_model / "config.json").read_text())
+    config["num_hidden_layers"] = BLOCKS
+    (directory / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / name).write_bytes((default_model / name).read_bytes())
+    later = tuple(f"model.layers.{i}." for i in range(BLOCKS, 1000))
+    tensors = load_file(default_model / "model.safetensors")
+    save_file(
+        {n: t for n, t in tensors.items() if not n.startswith(later)},
+        directory / "model.safetensors",
+    )
+    (directory / "text").write_text(BUNDLED.read_text(encoding="utf-8")[-3000:], encoding="utf-8")
+    return directory
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """run(module, **flags): a command line in this process -> what its --json wrote."""
+
+    def call(module, *switches, **flags):
+        out = tmp_path / "figures.json"
+        words = [w for name, value in flags.items() for w in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", [module.__name__, *switches, *words, "--json", str(out)])
+        module.main()
+        return json.loads(out.read_text())
+
+    return call
+
+
+@pytest.mark.parametrize("name", mode_names())
+def test_quantize_generate_eval(name, source, run, tmp_path):
+    file, mode = tmp_path / "model.safetensors", parse_mode(name)
+    # The head takes most of the time here, and no algorithm but rounding to nearest reaches it.
+    head = "keep" if mode.algorithm else "int8"
+    written = run(quantize, mode=name, checkpoint_path=source, output=file, lm_head=head, **FEW)
+    assert written["mode"] == name and written["weight_bytes"] <= file.stat().st_size
+    for tokenizer in source.glob("tokenizer*"):
+        (tmp_path / tokenizer.name).write_bytes(tokenizer.read_bytes())
+
+    flags = {"checkpoint_path": file, "device": "cpu"}
+    made = run(
+        generate, "--ignore_eos", **flags, prompt="Once upon a time", max_new_tokens=8,
+        temperature=0,
+    )  # fmt: skip
+    assert made["mode"] == name and len(made["token_ids"][0]) == 8
+
+    score = run(
+        evaluation, **flags, text=source / "text", reference=source, seq_length=256, limit=1
+    )
+    # The divergence follows the error of the weights: a wrong kernel stands out.
+    error = max((layer["error"] for layer in written["layers"]), default=0)
+    print("ROW", name, error, score["kl_mean"], score["top1_agreement"])
+    assert score["kl_mean"] < 0.02 + 15 * error**2
