@@ -13,6 +13,8 @@ from calibration import BUNDLED
 from modes import mode_names, parse_mode
 
 BLOCKS = 1
+# The formats fpx-E-M share their code with fp6: there the algorithms are tried on fp6 alone.
+MODES = [name for name in mode_names() if not name.startswith("fpx-") or name.count("-") == 2]
 FEW = {"calibration_samples": 2, "calibration_seq_length": 128, "clip_steps": 4, "refinements": 1}
 
 
@@ -49,7 +51,7 @@ def run(monkeypatch, tmp_path):
     return call
 
 
-@pytest.mark.parametrize("name", mode_names())
+@pytest.mark.parametrize("name", MODES)
 def test_quantize_generate_eval(name, source, run, tmp_path):
     file, mode = tmp_path / "model.safetensors", parse_mode(name)
     # The head takes most of the time here, and no algorithm but rounding to nearest reaches it.
