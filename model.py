@@ -246,7 +246,9 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        # Embedding draws its table on the meta device by way of torch._dynamo: 2 s to import.
+        table = torch.randn(config.vocab_size, config.dim)
+        self.tok_embeddings = nn.Embedding.from_pretrained(table)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = Linear(config.dim, config.vocab_size, bias=False)

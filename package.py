@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch._inductor import aot_compile
-from torch._inductor.package import load_package, package_aoti
+from torch._C._aoti import AOTIModelPackageLoader
 
 from engine import BUCKETS, Engine, sample
 from errors import UserError
@@ -74,6 +73,10 @@ def write_package(engine: Engine, path: Path, report: Callable[[str], None]) -> 
 
     `report` is called with a line for each step before it is compiled.
     """
+    # Two seconds, which those who only run a package shall not wait.
+    from torch._inductor import aot_compile
+    from torch._inductor.package import package_aoti
+
     if path.suffix != ".pt2":
         raise UserError(f"{path}: the name of a package ends in .pt2")
     batch, device = engine.batch, engine.device
@@ -119,6 +122,11 @@ def described(tensors: dict[str, Tensor]) -> dict[str, list]:
     return {name: [str(t.dtype), *t.shape] for name, t in sorted(tensors.items())}
 
 
+def load_step(path: Path, name: str) -> AOTIModelPackageLoader:
+    """One compiled step of a package: torch's loader without the 2 s import of its wrapper."""
+    return AOTIModelPackageLoader(str(path), name, False, 1, -1)
+
+
 class Package:
     """An opened package: what it was made for, and its steps."""
 
@@ -127,10 +135,10 @@ class Package:
             raise UserError(f"no package at {path}: scripts/export.py writes one")
         self.path = path
         try:
-            decode = load_package(str(path), DECODE)
+            decode = load_step(path, DECODE)
             self.about = json.loads(decode.get_metadata()["flatllama"])
             names = [f"prefill-{size}" for size in chunk_sizes(self.about["slots"])]
-            self.steps = {DECODE: decode, **{n: load_package(str(path), n) for n in names}}
+            self.steps = {DECODE: decode, **{name: load_step(path, name) for name in names}}
         except (RuntimeError, KeyError, ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{path} is no package of scripts/export.py: {reason}") from None
@@ -152,12 +160,13 @@ class Package:
             raise UserError(f"{self.path} was exported for another model, or another mode of it")
         for step in self.steps.values():
             needed = {name: tensors[name] for name in step.get_constant_fqns()}
-            step.load_constants(needed, check_full_update=True, user_managed=True)
+            step.load_constants(needed, False, check_full_update=True, user_managed=True)
 
         def decode_step(token: Tensor, start: Tensor, u: Tensor) -> Tensor:
-            return sample(self.steps[DECODE](token, start), u, engine.sampling)[:, None]
+            (logits,) = self.steps[DECODE].boxed_run([token, start])
+            return sample(logits, u, engine.sampling)[:, None]
 
         def prefill_step(tokens: Tensor, start: Tensor, last: Tensor) -> Tensor:
-            return self.steps[f"prefill-{tokens.shape[1]}"](tokens, start, last)
+            return self.steps[f"prefill-{tokens.shape[1]}"].boxed_run([tokens, start, last])[0]
 
         engine.decode_step, engine.prefill_step = decode_step, prefill_step
