@@ -5,6 +5,8 @@ from pathlib import Path
 
 from errors import UserError
 
+HIGH = 2.5  # of perplexities, against the lowest of a plot
+
 
 @dataclass
 class Row:
@@ -64,22 +66,29 @@ def pyplot():
 
 
 def plot(rows: list[Row], path: Path, title: str = "") -> None:
-    """Draw tokens/s and model size against perplexity, a labelled point for each row."""
+    """Draw tokens/s and model size against perplexity, a labelled point for each row.
+
+    What is over HIGH times the lowest perplexity stands at the top edge, its value in the label.
+    """
     plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5))
+    figure, axes = plt.subplots(1, 2, figsize=(15, 8))
     quantities = (
         ("tokens/s", lambda row: row.decode_tokens_per_s),
         ("model size, MB", lambda row: row.weight_bytes / 1e6),
     )
     points = [row for row in rows if row.perplexity is not None]
+    top = HIGH * min((row.perplexity for row in points), default=1)
     for axis, (name, pick) in zip(axes, quantities, strict=True):
-        axis.scatter([pick(row) for row in points], [row.perplexity for row in points])
         for row in points:
-            where = (pick(row), row.perplexity)
+            over = row.perplexity > top
+            where = (pick(row), top if over else row.perplexity)
+            axis.plot(*where, "^" if over else "o", color="C1" if over else "C0")
             axis.annotate(
-                row.mode, where, xytext=(4, 4), textcoords="offset points", fontsize="small"
-            )
+                f"{row.mode}  {row.perplexity:.3g}" if over else row.mode, where, xytext=(2, 5),
+                textcoords="offset points", fontsize="x-small", rotation=60,
+            )  # fmt: skip
         axis.set(xlabel=name, ylabel="perplexity", yscale="log")
+        axis.margins(y=0.12)
         axis.grid(alpha=0.3, which="both")
     figure.suptitle(title)
     save(figure, path)

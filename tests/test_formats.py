@@ -272,6 +272,26 @@ def test_fp6_values():
     assert torch.equal(float_values(4, 3)[finite], e4m3[finite])
 
 
+@pytest.mark.parametrize("name", [n for n, cls in FORMATS.items() if hasattr(cls, "mantissa_bits")])
+def test_every_small_float_through_the_product(name):
+    """One column at a time, so that each code, subnormals too, comes out alone."""
+    cls = FORMATS[name]
+    codes = torch.arange(2**cls.bits, dtype=torch.uint8)
+    values = float_values(cls.exponent_bits, cls.mantissa_bits)
+    if name.startswith("float8"):
+        codes[[127, 255]] = 0  # NaN
+    columns = max(1, len(codes) // 8)
+    codes = codes.view(-1, columns)
+    params = {"scales": torch.ones(1 if name == "float8dq-tensor" else len(codes), 1)}
+    module = cls.from_codes(codes, params, None, torch.float32)
+    module.repack()
+    for column in range(columns):
+        x = torch.zeros(1, columns)
+        x[0, column] = 1
+        want = values[codes[:, column].long()]
+        torch.testing.assert_close(module(x)[0], want, rtol=1e-6, atol=0)
+
+
 def test_fp6_rounds_to_even_through_subnormals():
     w = torch.tensor([[28.0, 0.03125, 0.09375, 1.125, 1.375, -27.0, -0.01, 0.0]])  # s = 1
     module, _, codes, _ = quantized("fp6", w)
