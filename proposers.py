@@ -47,14 +47,20 @@ class PromptLookup:
         self.indexed, self.after = 0, {}
 
     def propose(self, history: list[int], count: int) -> tuple[Tensor, None, int]:
-        """What followed the longest known ending, up to `count` tokens of it."""
+        """What followed the longest known ending, up to `count` tokens of it.
+
+        Where that runs into the end of the text, the text repeats itself, and so do the guesses.
+        """
         for end in range(self.indexed, len(history) - 1):  # not the ending of the text itself
             for n in NGRAMS:
                 if end + 1 >= n:
                     self.after[tuple(history[end + 1 - n : end + 1])] = end + 1
         self.indexed = max(self.indexed, len(history) - 1)
         at = next((self.after[e] for n in NGRAMS if (e := tuple(history[-n:])) in self.after), None)
-        guesses = [] if at is None else history[at : at + min(count, self.k)]
+        guesses = []
+        if at is not None:
+            period = len(history) - at
+            guesses = [history[at + i % period] for i in range(min(count, self.k))]
         padded = [*guesses, *[0] * (self.k - len(guesses))]
         return torch.tensor(padded, device=self.device), None, len(guesses)
 
