@@ -204,7 +204,7 @@ class Engine:
                 self.prefill_step = torch.compile(
                     self._prefill_step, fullgraph=True, dynamic=dynamic
                 )
-                # Up to MOST_ROWS rows the model is one operator: dynamic sizes need one of these too.
+                # Up to MOST_ROWS rows the model is one operator: dynamic needs one of these too.
                 self.warm_sizes = [b for b in buckets or (2, *BUCKETS) if b < length]
 
     def _decode_step(self, token: Tensor, start: Tensor, u: Tensor) -> Tensor:
