@@ -114,7 +114,9 @@ Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, 
   Scratch scratch(p.plan(threads));
   p.take(scratch, threads);
   at::parallel_for(0, p.count, 1, [&](int64_t i, int64_t last) {
-    for (; i < last; i++) p.run(i, at::get_thread_num());
+    auto queries = [&](auto... where) { p.read_queries(where...); };
+    auto nothing = [](int64_t, int64_t, int64_t, int64_t) {};
+    for (; i < last; i++) p.run(i, at::get_thread_num(), queries, nothing);
   });
   for (int64_t r = 0; r < p.merges(); r++) p.merge(r);
   return out;

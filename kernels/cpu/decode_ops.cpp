@@ -52,7 +52,7 @@ struct Step {
   int64_t size, B, T, M, own_bytes;  // bytes of a number; M = B T rows
   const int64_t* last;               // [B], the row of each sequence whose logits are wanted; or all
   char* logits;                      // [M or B, V]
-  char *x, *qkv, *q, *heads, *projected, *middle, *gate_up, *hidden, *own;
+  char *x, *qkv, *heads, *projected, *middle, *gate_up, *hidden, *own;
   Pieces attention{};                // of a block whose caches are still to be set
 
   char* rows_of(int rank) const { return own + rank * own_bytes; }
@@ -96,9 +96,9 @@ struct Step {
     kernels().rms_norm(x, block.norm1.const_data_ptr(), type, M, s.C, s.eps, normed);
     product(block.wqkv, normed, qkv, nothing);
 #pragma omp barrier
-    share(M * (s.H + 2 * s.Hkv), [&](int64_t i) { place(block, pieces, i); });
-#pragma omp barrier
-    share(pieces.count, [&](int64_t i) { pieces.run(i, rank); });
+    auto queries = [&](auto... where) { rotated_queries(pieces, where...); };
+    auto fill = [&](auto... where) { fill_slots(block, pieces, where...); };
+    share(pieces.count, [&](int64_t i) { pieces.run(i, rank, queries, fill); });
 #pragma omp barrier
     if (pieces.merges()) {
       share(pieces.merges(), [&](int64_t r) { pieces.merge(r); });
@@ -107,17 +107,34 @@ struct Step {
     product(block.wo, heads, projected, add(x, projected, middle));
 #pragma omp barrier
     kernels().rms_norm(middle, block.norm2.const_data_ptr(), type, M, s.C, s.eps, normed);
-    product(block.w13, normed, gate_up, nothing);
-#pragma omp barrier
-    const int64_t parts = div_up(s.F, 64);
-    share(M * parts, [&](int64_t i) {
-      const int64_t m = i / parts, first = i % parts * 64, n = std::min<int64_t>(64, s.F - first);
-      const char* gate = gate_up + (m * 2 * s.F + first) * size;
-      kernels().silu_mul(gate, gate + s.F * size, type, n, hidden + (m * s.F + first) * size);
-    });
+    gated(block.w13, normed, rank, threads);
 #pragma omp barrier
     product(block.w2, hidden, projected, add(middle, projected, x));
 #pragma omp barrier
+  }
+
+  // hidden = silu(gate) * up. A thread makes the gate's and up's numbers of the same columns and
+  // goes on without a wait, unless up's first column lies within a unit.
+  void gated(const Product& p, const char* from, int rank, int threads) const {
+    const int64_t F = plan.F, units = F / p.unit();
+    auto silu = [&](int64_t first, int64_t last) {
+      for (int64_t m = 0; m < M; m++) {
+        const char* gate = gate_up + (m * 2 * F + first) * size;
+        kernels().silu_mul(gate, gate + F * size, type, last - first, hidden + (m * F + first) * size);
+      }
+    };
+    if (F % p.unit()) {
+      multiply(p, from, M, gate_up, rank, threads, [](int64_t, int64_t) {});
+#pragma omp barrier
+      silu(F * rank / threads, F * (rank + 1) / threads);
+      return;
+    }
+    const int64_t first = units * rank / threads, last = units * (rank + 1) / threads;
+    if (first >= last) return;
+    const Coded own = p.read(from, M, gate_up, rows_of(rank) + Scratch::round_up(M * plan.C * 4));
+    p.run(own, first, last);
+    p.run(own, units + first, units + last);
+    silu(first * p.unit(), last * p.unit());
   }
 
   // What it does after the blocks: the logits of all rows, or of rows `last`.
@@ -131,34 +148,54 @@ struct Step {
     multiply(plan.output, normed, rows, logits, rank, threads, [](int64_t, int64_t) {});
   }
 
-  // Head i of all the rows' H + 2 Hkv: queries rotated into q, keys and values into the cache.
-  void place(const Block& block, const Pieces& p, int64_t i) const {
-    const Plan& s = plan;
-    const int64_t all = s.H + 2 * s.Hkv, m = i / all, h = i % all, b = m / T, t = m % T;
-    const char* from = qkv + i * s.D * size;
-    const int64_t slot = p.first[b] + t;
-    const float* c = s.cos.const_data_ptr<float>() + slot * (s.D / 2);
-    const float* sn = s.sin.const_data_ptr<float>() + slot * (s.D / 2);
-    if (h < s.H) {
-      kernels().rotate(from, type, c, sn, s.D, q + ((b * s.H + h) * T + t) * s.D * size);
-      return;
-    }
-    const bool key = h < s.H + s.Hkv, int8 = block.k_scale.defined();
-    const int64_t head = key ? h - s.H : h - s.H - s.Hkv;
-    const int64_t* stride = key ? p.k_stride : p.v_stride;
-    char* to = static_cast<char*>((key ? block.k_cache : block.v_cache).mutable_data_ptr()) +
-               (b * stride[0] + head * stride[1] + slot * stride[2]) * p.cache_size;
+  const char* projection(int64_t b, int64_t t, int64_t head) const {
+    return qkv + ((b * T + t) * (plan.H + 2 * plan.Hkv) + head) * plan.D * size;
+  }
+
+  void rotate(const char* from, int64_t slot, char* to) const {
+    const int64_t half = plan.D / 2;
+    kernels().rotate(from, type, plan.cos.const_data_ptr<float>() + slot * half,
+                     plan.sin.const_data_ptr<float>() + slot * half, plan.D, to);
+  }
+
+  // As Pieces::read_queries, out of the projections.
+  void rotated_queries(const Pieces& p, int64_t b, int64_t h, int64_t t0, int64_t tokens,
+                       float* to) const {
     alignas(64) char line[4 * 1024];
-    if (key) kernels().rotate(from, type, c, sn, s.D, int8 ? line : to);
-    else if (!int8) memcpy(to, from, s.D * size);
-    if (!int8) return;
-    const float scale = kernels().quantize_slot(key ? line : from, type, s.D, p.scale_type,
-                                                reinterpret_cast<int8_t*>(to));
-    void* scales = (key ? block.k_scale : block.v_scale).mutable_data_ptr();
-    const int64_t at = (b * s.Hkv + head) * s.S + slot;
-    if (p.scale_type == Type::fp32) static_cast<float*>(scales)[at] = scale;
-    else if (p.scale_type == Type::bf16) static_cast<at::BFloat16*>(scales)[at] = scale;
-    else static_cast<at::Half*>(scales)[at] = scale;
+    for (int64_t g = 0; g < p.heads; g++)
+      for (int64_t t = t0; t < t0 + tokens; t++, to += plan.D) {
+        rotate(projection(b, t, h * p.heads + g), p.first[b] + t, line);
+        kernels().widen_rows(line, type, 1, plan.D, plan.D, false, to);
+      }
+  }
+
+  // The new keys and values of sequence b and kv head h in slots [begin, end), into the cache.
+  void fill_slots(const Block& block, const Pieces& p, int64_t b, int64_t h, int64_t begin,
+                  int64_t end) const {
+    const Plan& s = plan;
+    const bool int8 = block.k_scale.defined();
+    alignas(64) char line[4 * 1024];
+    auto place = [&](const char* from, const Tensor& cache, const int64_t* stride,
+                     const Tensor& scales, int64_t slot) {
+      char* to = static_cast<char*>(cache.mutable_data_ptr()) +
+                 (b * stride[0] + h * stride[1] + slot * stride[2]) * p.cache_size;
+      if (!int8) {
+        memcpy(to, from, s.D * size);
+        return;
+      }
+      const float scale =
+          kernels().quantize_slot(from, type, s.D, p.scale_type, reinterpret_cast<int8_t*>(to));
+      const int64_t at = (b * s.Hkv + h) * s.S + slot;
+      if (p.scale_type == Type::fp32) scales.mutable_data_ptr<float>()[at] = scale;
+      else if (p.scale_type == Type::bf16) scales.mutable_data_ptr<at::BFloat16>()[at] = scale;
+      else scales.mutable_data_ptr<at::Half>()[at] = scale;
+    };
+    for (int64_t slot = std::max(begin, p.first[b]); slot < end; slot++) {
+      const int64_t t = slot - p.first[b];
+      rotate(projection(b, t, s.H + h), slot, line);
+      place(line, block.k_cache, p.k_stride, block.k_scale, slot);
+      place(projection(b, t, s.H + s.Hkv + h), block.v_cache, p.v_stride, block.v_scale, slot);
+    }
   }
 };
 
@@ -317,16 +354,15 @@ Tensor decode(const Tensor& handle, const Tensor& tokens, const Tensor& embeddin
   p.y_stride[2] = plan.H * plan.D;
   p.softmax_scale = 1.0f / std::sqrt(float(plan.D));
 
-  char** places[] = {&s.x, &s.qkv, &s.q, &s.heads, &s.projected, &s.middle, &s.gate_up, &s.hidden};
+  char** places[] = {&s.x, &s.qkv, &s.heads, &s.projected, &s.middle, &s.gate_up, &s.hidden};
   const int64_t C = plan.C, wide = plan.H * plan.D, kv = 2 * plan.Hkv * plan.D;
-  const int64_t sizes[] = {C, wide + kv, wide, wide, C, C, 2 * plan.F, plan.F};
+  const int64_t sizes[] = {C, wide + kv, wide, C, C, 2 * plan.F, plan.F};
   int64_t bytes = p.plan(threads) + threads * s.own_bytes;
   for (int64_t n : sizes) bytes += Scratch::round_up(M * n * s.size);
   Scratch scratch(bytes);
   p.take(scratch, threads);
-  for (int i = 0; i < 8; i++) *places[i] = scratch.take<char>(M * sizes[i] * s.size);
+  for (int i = 0; i < 7; i++) *places[i] = scratch.take<char>(M * sizes[i] * s.size);
   s.own = scratch.take<char>(threads * s.own_bytes);
-  p.q = s.q;
   p.y = s.heads;
   for (int64_t m = 0; m < M; m++) {
     const int64_t id = ids.const_data_ptr<int64_t>()[m];

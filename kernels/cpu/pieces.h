@@ -5,6 +5,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "ops.h"
 
@@ -51,9 +52,9 @@ struct Pieces {
     chunk = std::min<int64_t>(T, 64);
     chunks = (T + chunk - 1) / chunk;
     rows = heads * chunk;
-    splits = chunks > 1 ? 1 : (4 * threads + B * Hkv - 1) / (B * Hkv);
+    splits = chunks > 1 ? 1 : threads / std::gcd(B * Hkv, threads);  // as many for every thread
     splits = std::max<int64_t>(1, std::min(splits, most / (2 * kAttentionBlock)));
-    stretch = (most + splits * kAttentionBlock - 1) / (splits * kAttentionBlock) * kAttentionBlock;
+    stretch = (most + splits * 16 - 1) / (splits * 16) * 16;
     part_size = rows * (padded(D) + 2);
     own_size = attention_scratch(D) + rows * D + (k_scale ? 2 * stretch : 0);
     count = B * Hkv * chunks * splits;
@@ -77,20 +78,28 @@ struct Pieces {
            token * y_stride[2];
   }
 
-  // Piece i, by the thread of that number.
-  void run(int64_t i, int64_t thread) const {
+  // The queries of `tokens` tokens from token t on, of sequence b and kv head h, out of q
+  // [B, H, T, D] -> fp32 [heads, tokens, D].
+  void read_queries(int64_t b, int64_t h, int64_t t, int64_t tokens, float* to) const {
+    const int64_t size = type == Type::fp32 ? 4 : 2, n = tokens * D;
+    for (int64_t g = 0; g < heads; g++)
+      kernels().widen_rows(q + (((b * Hkv + h) * heads + g) * T + t) * D * size, type, 1, n, n, false,
+                           to + g * n);
+  }
+
+  // Piece i, by the thread of that number. queries(b, h, t, tokens, to) as `read_queries`;
+  // ready(b, h, begin, end) is called before those slots are read.
+  template <class Queries, class Ready>
+  void run(int64_t i, int64_t thread, Queries&& queries, Ready&& ready) const {
     float* wide = own + thread * own_size;
     const int64_t pair = i / splits / chunks, b = pair / Hkv, h = pair % Hkv, split = i % splits;
-    const int64_t size = type == Type::fp32 ? 4 : 2;
     int64_t c = i / splits % chunks;
     c = c % 2 ? chunks - 1 - c / 2 : c / 2;  // late tokens cost most: pair them with early ones
     Attention a{};
     a.tokens = std::min(chunk, T - c * chunk);
     a.rows = heads * a.tokens;
     a.first = first[b] + c * chunk;
-    for (int64_t g = 0; g < heads; g++)
-      kernels().widen_rows(q + ((pair * heads + g) * T + c * chunk) * D * size, type, 1,
-                           a.tokens * D, a.tokens * D, false, wide + g * a.tokens * D);
+    queries(b, h, c * chunk, a.tokens, wide);
     for (int64_t j = 0; j < a.rows * D; j++) wide[j] *= softmax_scale;
     a.q = wide;
     a.k = k + (b * k_stride[0] + h * k_stride[1]) * cache_size;
@@ -104,6 +113,7 @@ struct Pieces {
     a.sum = a.max + a.rows;
     a.scratch = wide + rows * D;
     const int64_t begin = split * stretch, end = std::min(begin + stretch, a.first + a.tokens);
+    ready(b, h, begin, end);
     if (k_scale && begin < end) {
       float* scales = a.scratch + attention_scratch(D);
       a.k_scale = widen_scales(k_scale, pair * S + begin, end - begin, scales) - begin;
