@@ -112,7 +112,7 @@ def report(engine: Engine, results: list[Result], args, mode: str, compile_s: fl
         "mode": mode, "device": device_name(args.device), "threads": torch.get_num_threads(),
         "kernels": args.kernels, "compile": args.compile,
         "package": str(args.package) if args.package else None,
-        "compile_mode": args.compile_mode if args.compile else None,
+        "compile_mode": args.compile_mode if engine.compiles else None,
         "batch_size": batch, "prompt_tokens": last.prompt_tokens,
         "new_tokens": [len(ids) for r in results for ids in r.token_ids], "compile_s": compile_s,
         "time_to_first_token_s": statistics.median(r.time_to_first_token_s for r in results),
@@ -136,12 +136,14 @@ def speculation(results: list[Result]) -> dict:
 def print_report(figures: dict) -> None:
     """The report, for people, on stderr."""
     speed, step = figures["decode_tokens_per_s"], figures["step_s"]
+    whole = figures["compile"] and figures["compile_mode"] is None
     noisy = "  (noisy: spread over 5%)" if step["std"] > 0.05 * step["mean"] else ""
     lines = [
         f"{figures['mode']} on {figures['device']}, {figures['threads']} threads; prompt "
         f"{figures['prompt_tokens']} tokens, batch {figures['batch_size']}",
         f"time to first token {figures['time_to_first_token_s'] * 1e3:.1f} ms; compile and "
-        f"warm-up {figures['compile_s']:.1f} s; recompiles {figures['recompiles']}",
+        f"warm-up {figures['compile_s']:.1f} s; recompiles {figures['recompiles']}"
+        f"{'; the step is one C++ operator: nothing to compile' if whole else ''}",
         f"decode {speed['p50']:.1f} tokens/s (median; mean {speed['mean']:.1f}, "
         f"std {speed['std']:.1f}){noisy}",
     ]
@@ -289,8 +291,6 @@ def main() -> None:
     package = Package(args.package) if args.package else None
     synthetic = not args.prompts and args.prompt.isdecimal()
     tokenizer = open_tokenizer(directory, model, required=not synthetic)
-    if args.compile:
-        configure_compiler()
     if args.interactive:
         if tokenizer is None:
             raise UserError("--interactive needs a model with a tokenizer")
@@ -306,7 +306,8 @@ def main() -> None:
     engine = make_engine(model, length, len(prompts), args)
     if package:
         package.drive(engine)
-    if args.compile:
+    if engine.compiles:
+        configure_compiler()
         progress("compiling the decode step (half a minute the first time) ...")
     compile_s = engine.warm_up(max(map(len, prompts)))
     progress("")

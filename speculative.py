@@ -149,6 +149,7 @@ class SpeculativeEngine(Engine):
         self.prompt: list[int] = []
         self.verify_step = self._verify_step
         if (mode := engine.get("compile_mode")) is not None:
+            self.compiles = True
             self.verify_step = torch.compile(
                 self._verify_step, mode=mode, fullgraph=True, dynamic=False
             )

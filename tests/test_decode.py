@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from engine import Engine, Sampling
+from engine import Engine, Sampling, compiled_graphs
 from kernels.decode import decode
 from kernels.formats import FORMATS
 from model import CONFIGS, Transformer
@@ -104,13 +104,15 @@ def test_a_format_without_tiles_stays_plain():
 
 
 def test_compiled_step_writes_the_cache():
+    """The operator inside of a graph of torch.compile's, and the engine that does without."""
     model = make_model(CONFIGS["tiny"], "int8", torch.float32)
-    prompt, results = [[3, 1, 4, 1, 5]], []
-    for mode in (None, "default"):
-        engine = Engine(model, Sampling(0.0, 0), length=64, compile_mode=mode)
-        results.append(engine.generate(prompt, 40).token_ids[0])
-        assert model.plan is not None
-    assert results[0] == results[1]
+    prompt, graphs = [[3, 1, 4, 1, 5]], compiled_graphs()
+    engine = Engine(model, Sampling(0.0, 0), length=64, compile_mode="default")
+    want = engine.generate(prompt, 40).token_ids
+    assert model.plan is not None and compiled_graphs() == graphs
+    engine.decode_step, engine.cached = torch.compile(engine._decode_step, fullgraph=True), []
+    assert engine.generate(prompt, 40).token_ids == want
+    assert compiled_graphs() > graphs
 
 
 def test_rows_last():
