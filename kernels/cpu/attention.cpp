@@ -99,26 +99,48 @@ INLINE void soften(const Attention& a, int64_t r, int64_t seen, const float* ks,
 
 constexpr int kFewRows = 8;  // up to here the cache goes through the registers, not the scratch
 
+// 2 kLanes numbers of the cache at p. bf16 widens at one operation per vector, "paired" as in
+// float.cpp: into the even numbers and the odd ones. Others: into the first half and the second.
+template <Kind kind>
+INLINE void cache_pair(const char* p, vf& a, vf& b) {
+  constexpr int64_t size = kind == Kind::int8 ? 1 : kind == Kind::fp32 ? 4 : 2;
+  if constexpr (kind == Kind::bf16) {
+    const vu v = load<vu>(p);
+    a = bf16_even(v);
+    b = bf16_odd(v);
+  } else {
+    a = cache_load<kind>(p);
+    b = cache_load<kind>(p + kLanes * size);
+  }
+}
+
+// Lane i: number 2 i, or 2 i + 1, of a and b one after the other; and back.
+INLINE vf even_of(vf a, vf b) { return pick(a, b, 2 * load<vi>(kCount.lanes)); }
+INLINE vf odd_of(vf a, vf b) { return pick(a, b, 2 * load<vi>(kCount.lanes) + 1); }
+INLINE void pair(vf& a, vf& b) {
+  const vf even = even_of(a, b);
+  b = odd_of(a, b);
+  a = even;
+}
+INLINE void unpair(vf& even, vf& odd) {
+  const vi lanes = load<vi>(kCount.lanes), from = (lanes >> 1) + (lanes & 1) * kLanes;
+  const vf low = pick(even, odd, from);
+  odd = pick(even, odd, from + kLanes / 2);
+  even = low;
+}
+
 // Lane i of the result: the sum of v[i].
 INLINE vf sums_of(vf (&v)[kLanes]) {
-  const vi even = 2 * load<vi>(kCount.lanes), odd = even + 1;
   UNROLL
   for (int n = kLanes / 2; n > 0; n /= 2)
     UNROLL
-    for (int i = 0; i < n; i++) {
-      vf a = v[2 * i], b = v[2 * i + 1];
-#if defined(__clang__)
-      for (int l = 0; l < kLanes; l++)
-        v[i][l] = l < kLanes / 2 ? a[2 * l] + a[2 * l + 1]
-                                 : b[2 * l - kLanes] + b[2 * l - kLanes + 1];
-#else
-      v[i] = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
-#endif
-    }
+    for (int i = 0; i < n; i++)
+      v[i] = even_of(v[2 * i], v[2 * i + 1]) + odd_of(v[2 * i], v[2 * i + 1]);
   return v[0];
 }
 
-// Scores [R, kBlock] of R rows at q; d is a multiple of kLanes. Slots past the last repeat it.
+// Scores [R, kBlock] of R rows at q, ordered as cache_pair() reads the keys; d is a multiple of
+// 2 kLanes. Slots past the last repeat it.
 template <Kind kind, int R>
 static void few_scores(const Attention& a, const float* q, int64_t s0, int64_t slots, float* scores) {
   constexpr int64_t size = kind == Kind::int8 ? 1 : kind == Kind::fp32 ? 4 : 2;
@@ -127,12 +149,16 @@ static void few_scores(const Attention& a, const float* q, int64_t s0, int64_t s
   const char* k = (const char*)a.k + s0 * stride;
   for (int64_t s = 0; s < slots; s += kSlots) {
     vf dots[kLanes] = {};
-    for (int64_t i = 0; i < d; i += kLanes)
+    for (int64_t i = 0; i < d; i += 2 * kLanes)
       UNROLL
       for (int j = 0; j < kSlots; j++) {
-        vf key = cache_load<kind>(k + min(s + j, slots - 1) * stride + i * size);
+        vf a, b;
+        cache_pair<kind>(k + min(s + j, slots - 1) * stride + i * size, a, b);
         UNROLL
-        for (int r = 0; r < R; r++) dots[r * kSlots + j] += key * load<vf>(q + r * d + i);
+        for (int r = 0; r < R; r++) {
+          dots[r * kSlots + j] += a * load<vf>(q + r * d + i);
+          dots[r * kSlots + j] += b * load<vf>(q + r * d + i + kLanes);
+        }
       }
     float line[kLanes];
     store(line, sums_of(dots));
@@ -152,26 +178,39 @@ static void few_values(const Attention& a, const float* weights, int64_t s0, int
     UNROLL
     for (int r = 0; r < R; r++)
       UNROLL
-      for (int c = 0; c < 4; c++) sums[r][c] = load<vf>(out + r * width + i + c * kLanes);
+      for (int c = 0; c < 4; c += 2) {
+        sums[r][c] = load<vf>(out + r * width + i + c * kLanes);
+        sums[r][c + 1] = load<vf>(out + r * width + i + (c + 1) * kLanes);
+        if (kind == Kind::bf16) pair(sums[r][c], sums[r][c + 1]);
+      }
     for (int64_t s = 0; s < slots; s++, v += stride)
       UNROLL
-      for (int c = 0; c < 4; c++) {
-        vf value = cache_load<kind>(v + c * kLanes * size);
+      for (int c = 0; c < 4; c += 2) {
+        vf a, b;
+        cache_pair<kind>(v + c * kLanes * size, a, b);
         UNROLL
-        for (int r = 0; r < R; r++) sums[r][c] += value * weights[r * kBlock + s];
+        for (int r = 0; r < R; r++) {
+          sums[r][c] += a * weights[r * kBlock + s];
+          sums[r][c + 1] += b * weights[r * kBlock + s];
+        }
       }
     UNROLL
     for (int r = 0; r < R; r++)
       UNROLL
-      for (int c = 0; c < 4; c++) store(out + r * width + i + c * kLanes, sums[r][c]);
+      for (int c = 0; c < 4; c += 2) {
+        if (kind == Kind::bf16) unpair(sums[r][c], sums[r][c + 1]);
+        store(out + r * width + i + c * kLanes, sums[r][c]);
+        store(out + r * width + i + (c + 1) * kLanes, sums[r][c + 1]);
+      }
   }
 }
 
+// `q`: the queries, ordered as cache_pair() reads the keys.
 template <Kind kind>
-static void few_rows(const Attention& a, int64_t s0, int64_t slots, const float* ks, const float* vs,
-                     float* scores) {
+static void few_rows(const Attention& a, const float* q, int64_t s0, int64_t slots, const float* ks,
+                     const float* vs, float* scores) {
   each_row<4, 1>(0, 0, a.rows, [&](auto rows, auto, int64_t, int64_t r0) {
-    few_scores<kind, rows.value>(a, a.q + r0 * a.d, s0, slots, scores);
+    few_scores<kind, rows.value>(a, q + r0 * a.d, s0, slots, scores);
     for (int64_t r = r0; r < r0 + rows.value; r++)
       soften(a, r, min(slots, a.first + r % a.tokens + 1 - s0), ks, vs, scores + (r - r0) * kBlock);
     few_values<kind, rows.value>(a, scores, s0, slots, a.out + r0 * padded(a.d));
@@ -183,6 +222,16 @@ static void attend_as(const Attention& a, int64_t begin, int64_t end) {
   const int64_t width = padded(a.d), heads = a.rows / a.tokens;
   const bool few = a.rows <= kFewRows && a.d % (4 * kLanes) == 0;
   float *keys = a.scratch, *values = keys + kBlock * a.d, *scores = values + kBlock * width;
+  const float* paired = a.q;
+  if (few && kind == Kind::bf16) {
+    paired = keys;
+    for (int64_t i = 0; i < a.rows * a.d; i += 2 * kLanes) {
+      vf first = load<vf>(a.q + i), second = load<vf>(a.q + i + kLanes);
+      pair(first, second);
+      store(keys + i, first);
+      store(keys + i + kLanes, second);
+    }
+  }
   float k_line[kBlock] = {}, v_line[kBlock] = {};
   const float* ks = a.k_scale ? k_line : nullptr;
   const float* vs = a.k_scale ? v_line : nullptr;
@@ -195,7 +244,7 @@ static void attend_as(const Attention& a, int64_t begin, int64_t end) {
       memcpy(v_line, a.v_scale + s0, slots * sizeof(float));
     }
     if (few && !blind) {
-      few_rows<kind>(a, s0, slots, ks, vs, scores);
+      few_rows<kind>(a, paired, s0, slots, ks, vs, scores);
       continue;
     }
     widen_block<kind>(a, s0, slots, keys, values);

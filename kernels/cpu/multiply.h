@@ -70,8 +70,8 @@ INLINE void transpose(vf (&rows)[kLanes]) {
     for (int i = 0; i < kLanes; i++)
       if (!(i & h)) {
         vf a = rows[i], b = rows[i + h];
-        rows[i] = __builtin_shuffle(a, b, low);
-        rows[i + h] = __builtin_shuffle(a, b, high);
+        rows[i] = pick(a, b, low);
+        rows[i + h] = pick(a, b, high);
       }
     transpose<level + 1>(rows);
 #endif

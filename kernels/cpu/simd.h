@@ -52,6 +52,19 @@ INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 INLINE float max(float a, float b) { return a > b ? a : b; }
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Lane i is number from[i] of a and b one after the other.
+INLINE vf pick(vf a, vf b, vi from) {
+#if defined(__clang__)
+  float both[2 * kLanes];
+  store(both, a);
+  store(both + kLanes, b);
+  for (int i = 0; i < kLanes; i++) a[i] = both[from[i]];
+  return a;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
 // The two bf16 numbers of each 32-bit lane: even (low half) and odd (high half).
 INLINE vf bf16_even(vu v) { return (vf)(v << 16); }
 INLINE vf bf16_odd(vu v) { return (vf)(v & 0xffff0000u); }
