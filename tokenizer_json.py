@@ -17,6 +17,7 @@ letter assigned after the reference's version may be cut differently.
 
 import heapq
 import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -39,6 +40,7 @@ def byte_characters() -> dict[int, str]:
 
 BYTE_TO_CHARACTER = byte_characters()
 CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
+NO_BYTE = "\U0010ffff"  # in the place of a character that stands for none
 
 
 def unsupported(what: str, config: Any) -> ValueError:
@@ -340,9 +342,11 @@ class JsonBPE:
             s["type"] == "Metaspace" and s.get("prepend_scheme", "always") != "never" for s in steps
         )
         table = {}
+        to_bytes = defaultdict(lambda: NO_BYTE, {ord(c): b for c, b in CHARACTER_TO_BYTE.items()})
         for token, i in self.model.vocab.items():
-            if "ByteLevel" in kinds and all(c in CHARACTER_TO_BYTE for c in token):
-                table[i] = bytes(CHARACTER_TO_BYTE[c] for c in token)
+            spelled = token.translate(to_bytes) if "ByteLevel" in kinds else NO_BYTE
+            if NO_BYTE not in spelled:
+                table[i] = spelled.encode("latin-1")
             elif "ByteFallback" in kinds and regex.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
                 table[i] = bytes([int(token[3:5], 16)])
             else:

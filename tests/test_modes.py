@@ -1,4 +1,7 @@
-"""Every mode there is: quantize.py, generate.py and eval.py on a piece of the default model."""
+"""Every mode there is: quantize.py, generate.py and eval.py on a piece of the default model.
+
+The piece is its first block with a narrower feed-forward, and the tokens that BPE learnt first.
+"""
 
 import json
 import sys
@@ -14,6 +17,7 @@ from calibration import BUNDLED
 from modes import mode_names, parse_mode
 
 WIDTH = 512  # columns that are kept of the feed-forward's 1536
+VOCAB = 4096  # tokens that are kept of 49152
 # The formats fpx-E-M share their code with fp6: there the algorithms are tried on fp6 alone.
 MODES = [name for name in mode_names() if not name.startswith("fpx-") or name.count("-") == 2]
 FEW = {"calibration_samples": 2, "calibration_seq_length": 128, "clip_steps": 4, "refinements": 1}
@@ -24,16 +28,27 @@ def source(default_model, tmp_path_factory):
     """The default model's first block, narrowed, as a Hugging Face directory; and a text."""
     directory = tmp_path_factory.mktemp("block")
     config = json.loads((default_model / "config.json").read_text())
-    config |= {"num_hidden_layers": 1, "intermediate_size": WIDTH}
+    config |= {"num_hidden_layers": 1, "intermediate_size": WIDTH, "vocab_size": VOCAB}
     (directory / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (directory / name).write_bytes((default_model / name).read_bytes())
+    (directory / "tokenizer_config.json").write_bytes(
+        (default_model / "tokenizer_config.json").read_bytes()
+    )
+    tokens = json.loads((default_model / "tokenizer.json").read_text(encoding="utf-8"))
+    bpe = tokens["model"]
+    bpe["vocab"] = {token: i for token, i in bpe["vocab"].items() if i < VOCAB}
+    bpe["merges"] = [
+        m for m in bpe["merges"]
+        if (m.replace(" ", "", 1) if isinstance(m, str) else "".join(m)) in bpe["vocab"]
+    ]  # fmt: skip
+    (directory / "tokenizer.json").write_text(json.dumps(tokens), encoding="utf-8")
     kept = {}
     for name, tensor in load_file(default_model / "model.safetensors").items():
         if name.startswith("model.layers.") and not name.startswith("model.layers.0."):
             continue
         if ".mlp." in name:
             tensor = tensor[:, :WIDTH] if "down" in name else tensor[:WIDTH]
+        if "embed_tokens" in name:
+            tensor = tensor[:VOCAB]
         kept[name] = tensor.contiguous()
     save_file(kept, directory / "model.safetensors")
     (directory / "text").write_text(BUNDLED.read_text(encoding="utf-8")[-3000:], encoding="utf-8")
@@ -44,7 +59,7 @@ def source(default_model, tmp_path_factory):
 def run(monkeypatch, tmp_path):
     """run(module, **flags): a command line in this process -> what its --json wrote."""
     monkeypatch.setattr(generate, "read_bandwidth", lambda device: 1e10)
-    monkeypatch.setattr(autoquant, "WORKING_SET", 2**22)
+    monkeypatch.setattr(autoquant, "WORKING_SET", 2**18)
 
     def call(module, *switches, **flags):
         out = tmp_path / "figures.json"
