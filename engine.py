@@ -44,10 +44,11 @@ def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | 
     In order: temperature; the top_k largest; the smallest set whose probability reaches top_p
     (nucleus, arXiv 1904.09751); tokens of at least min_p times the largest (arXiv 2407.01082).
     """
-    logits, ids = logits.float() / sampling.temperature, None
+    ids = None
     if 0 < sampling.top_k < logits.shape[-1]:
-        logits, ids = logits.topk(sampling.top_k)
-    elif sampling.top_p < 1:
+        logits, ids = top_k(logits, sampling.top_k)
+    logits = logits.float() / sampling.temperature
+    if ids is None and sampling.top_p < 1:
         logits, ids = logits.sort(descending=True)
     p = logits.softmax(-1)
     if sampling.top_p < 1:
@@ -55,6 +56,14 @@ def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | 
     if sampling.min_p > 0:
         p = p.masked_fill(p < sampling.min_p * p.amax(-1, keepdim=True), 0)
     return p, ids
+
+
+def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of logits [B, V], the largest first, and their ids: both [B, k]."""
+    if native.serves(logits):  # torch's takes a tenth of a small model's step
+        ids = torch.ops.flatllama.top_k(logits, k)
+        return logits.gather(-1, ids), ids
+    return logits.topk(k)
 
 
 def sample(logits: Tensor, u: Tensor, sampling: Sampling) -> Tensor:

@@ -85,6 +85,18 @@ def test_rows_and_caches(kind, batch, tokens, filled):
     compare(model, 5e-3 if kind == "int8" else 2e-5, kind, batch, tokens, filled)
 
 
+@pytest.mark.parametrize("threads", [1, 3, 5])
+@pytest.mark.parametrize("batch,tokens,filled", [(1, 1, 20), (1, 3, 400), (2, 1, 500)])
+def test_numbers_of_threads(threads, batch, tokens, filled):
+    """Rows, heads and stretches of the cache shared out evenly and not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        compare(make_model(ODD, None, torch.float32), 2e-5, "bf16", batch, tokens, filled)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("algorithm", ["int4-awq", "int8dq-smooth"])
 def test_input_scales(algorithm):
     model = make_model(CONFIGS["tiny"], None, torch.float32)

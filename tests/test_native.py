@@ -298,3 +298,15 @@ def test_greedy(dtype, size):
     assert torch.equal(ops.greedy(logits), logits.argmax(-1))
     logits[:, size // 2 :] = logits.amax() + 1  # the first of many equal ones
     assert ops.greedy(logits).tolist() == [size // 2] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size,k", [(1, 1), (63, 63), (1000, 7), (1000, 300), (49152, 200)])
+def test_top_k(dtype, size, k):
+    """The largest first; of equals, of which the second row has many, the first."""
+    logits = torch.randn(3, size).to(dtype)
+    logits[1] = logits[1].round() + 0  # no -0: as bits it is less than 0
+    want = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(ops.top_k(logits, k), want)
+    with pytest.raises(ValueError, match="largest of the rows"):
+        ops.top_k(logits, size + 1)

@@ -1,10 +1,13 @@
 // What lies between the products, for many rows, as operators: each reads and writes its rows once.
-// And what follows the last one: the greedy choice.
+// And what follows the last one: the greedy choice, and the largest logits to sample from.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <limits>
+#include <utility>
+#include <vector>
 
 #include "ops.h"
 
@@ -127,6 +130,55 @@ Tensor greedy(const Tensor& logits) {
   return ids;
 }
 
+// The k largest of n numbers at `bits`, the largest first, of equals the first: their indices.
+//
+// Blocks whose largest number is below the k-th largest of these cannot hold any of them, which
+// leaves little to sort.
+template <class T>
+void largest(const T* bits, int64_t n, int64_t k, int64_t* ids) {
+  constexpr int64_t kBlock = 64;
+  std::vector<T> tops;
+  for (int64_t i = 0; i < n; i += kBlock) {
+    T here = std::numeric_limits<T>::min();
+    const int64_t end = std::min(i + kBlock, n);
+#pragma omp simd reduction(max : here)
+    for (int64_t j = i; j < end; j++) here = std::max(here, ordered(bits[j]));
+    tops.push_back(here);
+  }
+  T least = std::numeric_limits<T>::min();
+  if (k < int64_t(tops.size())) {
+    std::vector<T> order = tops;
+    std::nth_element(order.begin(), order.begin() + k - 1, order.end(), std::greater<T>());
+    least = order[k - 1];
+  }
+  std::vector<std::pair<T, int64_t>> found;  // negated indices: one order for both
+  for (size_t block = 0; block < tops.size(); block++)
+    if (tops[block] >= least)
+      for (int64_t j = block * kBlock; j < std::min<int64_t>((block + 1) * kBlock, n); j++)
+        if (ordered(bits[j]) >= least) found.emplace_back(ordered(bits[j]), -j);
+  std::partial_sort(found.begin(), found.begin() + k, found.end(), std::greater<>());
+  for (int64_t i = 0; i < k; i++) ids[i] = -found[i].second;
+}
+
+// The indices of the k largest of each row, the largest first: [B, V] -> int64 [B, k].
+Tensor top_k(const Tensor& logits, int64_t k) {
+  check_cpu(logits, "logits");
+  TORCH_CHECK_VALUE(logits.dim() == 2 && k >= 1 && k <= logits.size(1), "no ", k,
+                    " largest of the rows of ", logits.sizes());
+  const Tensor rows = logits.contiguous();
+  const int64_t V = rows.size(1);
+  const bool wide = type_of(rows) == Type::fp32;
+  Tensor ids = at::empty({rows.size(0), k}, rows.options().dtype(at::kLong));
+  int64_t* to = ids.mutable_data_ptr<int64_t>();
+  at::parallel_for(0, rows.size(0), 1, [&](int64_t b, int64_t last) {
+    const void* from = rows.const_data_ptr();
+    for (; b < last; b++)
+      if (wide) largest(static_cast<const int32_t*>(from) + b * V, V, k, to + b * k);
+      else largest(static_cast<const int16_t*>(from) + b * V, V, k, to + b * k);
+  });
+  return ids;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(flatllama, m) {
@@ -134,6 +186,7 @@ TORCH_LIBRARY_FRAGMENT(flatllama, m) {
   m.def("silu_mul(Tensor x) -> Tensor");
   m.def("rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor");
   m.def("greedy(Tensor logits) -> Tensor");
+  m.def("top_k(Tensor logits, int k) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(flatllama, CPU, m) {
@@ -141,4 +194,5 @@ TORCH_LIBRARY_IMPL(flatllama, CPU, m) {
   m.impl("silu_mul", silu_mul);
   m.impl("rotate", rotate);
   m.impl("greedy", greedy);
+  m.impl("top_k", top_k);
 }

@@ -55,16 +55,17 @@ struct Step {
   char *x, *qkv, *heads, *projected, *middle, *gate_up, *hidden, *own;
   Pieces attention{};                // of a block whose caches are still to be set
 
+  // This thread's normed rows, and its room for the form its products take them in.
   char* rows_of(int rank) const { return own + rank * own_bytes; }
+  char* forms_of(int rank) const { return rows_of(rank) + Scratch::round_up(M * plan.C * 4); }
 
   // This thread's columns of a product of m rows, and then work(first column, last column).
   template <class Work>
   void multiply(const Product& p, const char* from, int64_t m, char* to, int rank, int threads,
                 Work&& work) const {
-    char* scratch = rows_of(rank) + Scratch::round_up(M * plan.C * 4);
     const int64_t first = p.units() * rank / threads, last = p.units() * (rank + 1) / threads;
     if (first >= last) return;
-    p.run(p.read(from, m, to, scratch), first, last);
+    p.run(p.read(from, m, to, forms_of(rank)), first, last);
     work(first * p.unit(), std::min(last * p.unit(), p.c.a.n));
   }
 
@@ -131,7 +132,7 @@ struct Step {
     }
     const int64_t first = units * rank / threads, last = units * (rank + 1) / threads;
     if (first >= last) return;
-    const Coded own = p.read(from, M, gate_up, rows_of(rank) + Scratch::round_up(M * plan.C * 4));
+    const Coded own = p.read(from, M, gate_up, forms_of(rank));
     p.run(own, first, last);
     p.run(own, units + first, units + last);
     silu(first * p.unit(), last * p.unit());

@@ -10,6 +10,8 @@
 #include "ops.h"
 
 struct Pieces {
+  static constexpr int64_t kLine = 16;  // a stretch's scales fill whole lines
+
   int64_t B, T, H, Hkv, D, S;
   Type type;
   const char *q, *k, *v;             // q [B, H, T, D] of `type`; caches [B, Hkv, S, D]
@@ -54,7 +56,7 @@ struct Pieces {
     rows = heads * chunk;
     splits = chunks > 1 ? 1 : threads / std::gcd(B * Hkv, threads);  // as many for every thread
     splits = std::max<int64_t>(1, std::min(splits, most / (2 * kAttentionBlock)));
-    stretch = (most + splits * 16 - 1) / (splits * 16) * 16;
+    stretch = (most + splits * kLine - 1) / (splits * kLine) * kLine;
     part_size = rows * (padded(D) + 2);
     own_size = attention_scratch(D) + rows * D + (k_scale ? 2 * stretch : 0);
     count = B * Hkv * chunks * splits;
