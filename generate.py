@@ -187,7 +187,11 @@ def parse_args() -> argparse.Namespace:
     add("--temperature", type=float, default=0.8, help="0: greedy")
     add("--seed", type=int, default=1234)
     add_model_arguments(parser)
-    add("--compile", action="store_true", help="compile the decode step")
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the decode step, unless it is one operator already",
+    )
     add(
         "--compile_mode",
         default="reduce-overhead",
