@@ -30,7 +30,7 @@ from engine import configure_compiler
 from errors import UserError, cli, progress
 from generate import PRECISIONS, add_model_arguments, load, open_tokenizer
 from model import Transformer
-from scorer import Scorer
+from scorer import ROWS, Scorer
 from tokenizer import Tokenizer
 
 
@@ -43,6 +43,8 @@ class Score:
     tokens: int  # scored
     seq_length: int
     seconds: float
+    rows: int  # tokens of a forward pass
+    window_losses: list[float]  # nats per token, of each window
     kl_mean: float | None = None
     top1_agreement: float | None = None
     perplexity_ratio: float | None = None
@@ -72,6 +74,7 @@ def perplexity(
     reference: Transformer | None = None,
     kv_cache: str = "bf16",
     compiled: bool = False,
+    rows: int = ROWS,
     report: Callable[[str], None] = lambda text: None,
 ) -> Score:
     """Token perplexity of `model` on a text's tokens by the protocol above.
@@ -81,16 +84,21 @@ def perplexity(
         limit: of the number of windows; None takes all.
         reference: an unquantized model of the same vocabulary to measure the divergence from; it
             runs over the same windows in the same pass.
+        rows: tokens of a forward pass; up to 16 go through the kernels of decoding.
     """
+    if rows < 1:
+        raise UserError(f"forward passes of {rows} tokens: take at least 1")
     cut = windows(ids, seq_length, limit)
     if reference is not None and reference.config.vocab_size != model.config.vocab_size:
         sizes = f"{model.config.vocab_size} and {reference.config.vocab_size} tokens"
         raise UserError(f"the model and the reference have vocabularies of {sizes}: not comparable")
-    scorer = Scorer(model, 1, seq_length, kv_cache, compiled)
-    other = Scorer(reference, 1, seq_length, compiled=compiled) if reference else None
-    begin, sums = time.perf_counter(), torch.zeros(4, dtype=torch.float64)
+    scorer = Scorer(model, 1, seq_length, kv_cache, compiled, rows)
+    other = Scorer(reference, 1, seq_length, "bf16", compiled, rows) if reference else None
+    begin, sums, losses = time.perf_counter(), torch.zeros(4, dtype=torch.float64), []
     for i, window in enumerate(cut):
-        sums += score_window(scorer, window, other)
+        own = score_window(scorer, window, other)
+        losses.append(own[0].item() / (seq_length - 1))
+        sums += own
         so_far = (sums[0] / ((i + 1) * (seq_length - 1))).exp().item()
         report(f"window {i + 1} of {len(cut)}: perplexity {so_far:.4f}")
     tokens = len(cut) * (seq_length - 1)
@@ -99,7 +107,7 @@ def perplexity(
         f"token perplexity over non-overlapping {seq_length}-token windows, each from position 0, "
         "no BOS, all but a window's first token scored, the last partial window dropped",
         torch.tensor(loss, dtype=torch.float64).exp().item(),
-        tokens, seq_length, time.perf_counter() - begin,
+        tokens, seq_length, time.perf_counter() - begin, rows, losses,
     )  # fmt: skip
     if reference is not None:
         ratio = torch.tensor(loss - reference_loss, dtype=torch.float64).exp().item()
@@ -173,6 +181,8 @@ def parse_args() -> argparse.Namespace:
     add_model_arguments(parser)
     add("--text", type=Path, help="plain text to score; default: the project's own")
     add("--seq_length", type=int, default=2048, help="tokens of a window")
+    add("--rows", type=int, default=ROWS,
+        help="tokens of a forward pass over a window; up to 16 run decoding's kernels")  # fmt: skip
     add("--limit", type=int, help="windows of the text, or examples of each task; default: all")
     add("--reference", type=Path, metavar="CHECKPOINT",
         help="report the divergence from this model, usually the unquantized one")  # fmt: skip
@@ -196,7 +206,7 @@ def run_perplexity(model: Transformer, tokenizer: Tokenizer, args: argparse.Name
         reference = load_model(source, args.device, PRECISIONS.get(args.precision))
     score = perplexity(
         model, ids, seq_length=args.seq_length, limit=args.limit, reference=reference,
-        kv_cache=args.kv_cache, compiled=args.compile, report=progress,
+        kv_cache=args.kv_cache, compiled=args.compile, rows=args.rows, report=progress,
     )  # fmt: skip
     progress("")
     print(f"{score.protocol}:\n{score.perplexity:.4f} over {score.tokens} tokens")

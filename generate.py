@@ -96,7 +96,7 @@ def load(args: argparse.Namespace, random_name: str | None = None):
 
 
 def report(engine: Engine, results: list[Result], args, mode: str, compile_s: float) -> dict:
-    """The JSON of DESIGN section 9, from the measured samples."""
+    """The figures of `--json`, from the measured samples."""
     steps = [s for r in results for s in r.step_s]
     last = results[-1]
     position = last.prompt_tokens + len(last.step_s) / 2
@@ -112,7 +112,8 @@ def report(engine: Engine, results: list[Result], args, mode: str, compile_s: fl
         "mode": mode, "device": device_name(args.device), "threads": torch.get_num_threads(),
         "kernels": args.kernels, "compile": args.compile,
         "package": str(args.package) if args.package else None,
-        "compile_mode": args.compile_mode if engine.compiles else None,
+        "compile_mode": args.compile_mode if engine.compiled else None,
+        "compiled": engine.compiled,
         "batch_size": batch, "prompt_tokens": last.prompt_tokens,
         "new_tokens": [len(ids) for r in results for ids in r.token_ids], "compile_s": compile_s,
         "time_to_first_token_s": statistics.median(r.time_to_first_token_s for r in results),
@@ -136,14 +137,14 @@ def speculation(results: list[Result]) -> dict:
 def print_report(figures: dict) -> None:
     """The report, for people, on stderr."""
     speed, step = figures["decode_tokens_per_s"], figures["step_s"]
-    whole = figures["compile"] and figures["compile_mode"] is None
+    whole = figures["compile"] and "decode step" not in figures["compiled"]
     noisy = "  (noisy: spread over 5%)" if step["std"] > 0.05 * step["mean"] else ""
     lines = [
         f"{figures['mode']} on {figures['device']}, {figures['threads']} threads; prompt "
         f"{figures['prompt_tokens']} tokens, batch {figures['batch_size']}",
         f"time to first token {figures['time_to_first_token_s'] * 1e3:.1f} ms; compile and "
         f"warm-up {figures['compile_s']:.1f} s; recompiles {figures['recompiles']}"
-        f"{'; the step is one C++ operator: nothing to compile' if whole else ''}",
+        f"{'; the decode step is one C++ operator: not compiled' if whole else ''}",
         f"decode {speed['p50']:.1f} tokens/s (median; mean {speed['mean']:.1f}, "
         f"std {speed['std']:.1f}){noisy}",
     ]
@@ -310,9 +311,10 @@ def main() -> None:
     engine = make_engine(model, length, len(prompts), args)
     if package:
         package.drive(engine)
-    if engine.compiles:
+    if engine.compiled:
         configure_compiler()
-        progress("compiling the decode step (half a minute the first time) ...")
+        parts = " and the ".join(engine.compiled)
+        progress(f"compiling the {parts} (half a minute each the first time) ...")
     compile_s = engine.warm_up(max(map(len, prompts)))
     progress("")
     graphs = compiled_graphs()

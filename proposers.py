@@ -79,9 +79,7 @@ class Draft:
         self.k, self.sampling = k, sampling
         self.history, self.filled = [], 0  # the cache holds the first `filled` tokens of it
         self.engine = Engine(model, sampling, spare=k, **engine)
-        self.step, mode = self._step, engine.get("compile_mode")
-        if mode is not None:
-            self.step = torch.compile(self._step, mode=mode, fullgraph=True, dynamic=False)
+        self.step = self.engine.compile("step", self._step, 2, dynamic=False)
 
     def _step(self, tokens: Tensor, start: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """tokens [1, T] at positions start [1] -> the next token [1, 1] and its distribution [V].

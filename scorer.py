@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
+from kernels.decode import MOST_ROWS
 from model import Transformer
 
 ROWS = 256  # tokens of a forward pass: the logits are ROWS x V numbers, never a whole window's
@@ -21,6 +22,7 @@ class Scorer:
         length: of the longest window, in tokens.
         kv_cache: "bf16" (the model's dtype) or "int8"; attention reads keys and values from it.
         compiled: run the forward pass through torch.compile.
+        rows: tokens of a forward pass, of all windows together; up to 16 run as decoding does.
     """
 
     def __init__(
@@ -30,14 +32,18 @@ class Scorer:
         length: int = 2048,
         kv_cache: str = "bf16",
         compiled: bool = False,
+        rows: int = ROWS,
     ):
         if length > model.config.max_positions:
             limit = model.config.max_positions
             raise UserError(f"windows of {length} tokens do not fit the model's context of {limit}")
         self.batch, self.device = batch, model.tok_embeddings.weight.device
-        self.chunk = min(max(ROWS // batch, 16), -(-length // 16) * 16)
+        least = min(rows, 16)
+        self.chunk = min(max(rows // batch, least), -(-length // least) * least)
         self.slots = -(-length // self.chunk) * self.chunk
         model.setup_cache(batch, self.slots, kv_cache)
+        if batch * self.chunk <= MOST_ROWS:
+            model.fuse()
         self.forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
 
     def logits(self, tokens: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -219,6 +219,13 @@ class QuantizedLinear(nn.Module):
                 self._buffers[name] = None
         return self.packed is not None
 
+    def rounded_input(self, x: Tensor) -> Tensor:
+        """x [..., K] as the product sees it, rounded if the format quantizes its inputs. fp64."""
+        if self.quantize_input is None:
+            return x.double()
+        q, scale = self.quantize_input(x)
+        return q.double() * scale.double()
+
     def triton_multiply(self, x: Tensor) -> Tensor:
         """x [..., K] times the packed weight, plus the bias, by the Triton kernels."""
         if self.quantize_input is None:

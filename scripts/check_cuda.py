@@ -23,7 +23,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kernels import choice
-from kernels.activations import float8, int8_asymmetric, int8_symmetric
 from kernels.attention import attention, attention_reference
 from kernels.formats import FORMATS
 from kernels.linear import Linear
@@ -50,19 +49,6 @@ def make(name: str, n: int, k: int, dtype: torch.dtype, device: str = "cuda"):
     return cls.from_codes(codes, {**params, **grid.shared()}, None, dtype)
 
 
-def seen_by_the_product(name: str, x: torch.Tensor) -> torch.Tensor:
-    """x as the format's product sees it, fp64."""
-    if name in ("int8dq", "w4a8"):
-        q, scale = int8_symmetric(x)
-    elif name.startswith("int8dq-"):
-        q, scale = int8_asymmetric(x)
-    elif name.startswith("float8dq"):
-        q, scale = float8(x, per_token=name == "float8dq-row")
-    else:
-        return x.double()
-    return q.double() * scale.double()
-
-
 def relative(y: torch.Tensor, want: torch.Tensor) -> float:
     return ((y.double() - want).norm() / want.norm()).item()
 
@@ -77,7 +63,7 @@ def check_format(name: str) -> list[dict]:
             module.repack()
             for rows in ROWS:
                 x = torch.randn(rows, k, device="cuda").to(dtype)
-                error = relative(module(x), seen_by_the_product(name, x) @ weight.t())
+                error = relative(module(x), module.rounded_input(x) @ weight.t())
                 what = f"{name} [{n}, {k}] {dtype}, {rows} rows"
                 found.append({"what": what, "error": error, "ok": error < tolerance})
     return found

@@ -40,6 +40,7 @@ def test_compiled_equals_eager_and_never_recompiles(tmp_path):
     eager = Engine(model, GREEDY, length=1000)
     expected = [eager.generate([random_prompt(n)], 200).token_ids for n in lengths]
     compiled = Engine(model, GREEDY, length=1000, compile_mode="default", compile_prefill=True)
+    assert compiled.compiled[-1] == "prefill"
     compiled.warm_up()
     graphs = compiled_graphs()
     for n, ids in zip(lengths, expected, strict=True):

@@ -77,12 +77,18 @@ def whole(model, windows):
     return model(windows, torch.zeros(len(windows), dtype=torch.int64))
 
 
-@pytest.mark.parametrize("batch, length", [(1, 300), (2, 129), (16, 40), (3, 16)])
-def test_chunks_equal_one_pass(tiny, batch, length):
+SMALL = [(1, 33, 1), (1, 30, 7), (4, 30, 16)]  # few enough rows for the kernels of decoding
+
+
+@pytest.mark.parametrize(
+    "batch, length, rows", [(1, 300, 256), (2, 129, 256), (16, 40, 256), (3, 16, 256), *SMALL]
+)
+def test_chunks_equal_one_pass(tiny, batch, length, rows):
     model = model_of(tiny)
     windows = torch.randint(0, VOCABULARY, (max(batch - 1, 1), length))
     expected = whole(model, windows)
-    scorer = Scorer(model, batch, 300)
+    scorer = Scorer(model, batch, 300, rows=rows)
+    assert rows > 16 or scorer.chunk <= rows
     positions, chunks = zip(*scorer.logits(windows), strict=True)
     assert [p.start for p in positions[1:]] == [p.stop for p in positions[:-1]]
     assert all(chunk.shape[1] <= scorer.chunk for chunk in chunks)
@@ -115,6 +121,7 @@ def test_int8_cache_is_near(tiny, ids):
         (dict(seq_length=5000), "context"),
         (dict(seq_length=1), "at least 2"),
         (dict(limit=0), "at least 1"),
+        (dict(rows=0), "at least 1"),
         (dict(seq_length=1000), "less than one window"),
     ],
 )

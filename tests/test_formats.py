@@ -10,7 +10,7 @@ from calibration import InputStatistics
 from errors import UserError
 from gptq import gptq
 from kernels import native
-from kernels.activations import float8, int8_asymmetric, int8_symmetric
+from kernels.activations import int8_asymmetric
 from kernels.formats import FORMATS
 from kernels.fpx import float_values
 from kernels.packing import packed_size
@@ -37,19 +37,6 @@ def random_weight(n, k, seed=0):
     return torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) * 0.05
 
 
-def seen_by_the_product(name, x):
-    """x as the format's product sees it, fp64."""
-    if name in ("int8dq", "w4a8"):
-        q, scale = int8_symmetric(x)
-    elif name.startswith("int8dq-"):
-        q, scale = int8_asymmetric(x)
-    elif name.startswith("float8dq"):
-        q, scale = float8(x, per_token=name == "float8dq-row")
-    else:
-        return x.double()
-    return q.double() * scale.double()
-
-
 @pytest.fixture
 def exact():
     before = native.exact_activations()
@@ -74,7 +61,7 @@ def test_product_equals_fp64(name, exact):
             packed.repack()
             for rows in ROWS:
                 x = torch.randn(rows, k) * 2
-                want = seen_by_the_product(name, x) @ weight.t() + bias.double()
+                want = module.rounded_input(x) @ weight.t() + bias.double()
                 for m in (module, packed):
                     error = (m(x) - want).norm() / want.norm()
                     assert error < 1e-5, (k, n, rows, settings, m is packed)
@@ -85,7 +72,7 @@ def test_product_equals_fp64(name, exact):
 def test_half_precision_and_leading_dimensions(name, dtype, exact):
     module, *_ = quantized(name, random_weight(18, 70), None, dtype)
     x = torch.randn(2, 3, 70).to(dtype)
-    want = seen_by_the_product(name, x) @ module.dequantize().double().t()
+    want = module.rounded_input(x) @ module.dequantize().double().t()
     module.repack()
     y = module(x)
     assert y.dtype == dtype and y.shape == (2, 3, 18)
@@ -100,7 +87,7 @@ def test_other_levels_of_the_cpu(level, exact):
     try:
         for name in FORMATS:
             module, *_ = quantized(name, random_weight(18, 203), None, torch.float32)
-            want = seen_by_the_product(name, x) @ module.dequantize().double().t()
+            want = module.rounded_input(x) @ module.dequantize().double().t()
             module.repack()
             if native.set_cpu_level(level) != level:
                 pytest.skip(f"this machine has no {level}")

@@ -13,7 +13,8 @@ import generate
 from errors import cli
 
 KEYS = {
-    "model", "mode", "package", "device", "threads", "compile", "compile_mode", "batch_size",
+    "model", "mode", "package", "device", "threads", "compile", "compile_mode", "compiled",
+    "batch_size",
     "prompt_tokens", "new_tokens", "compile_s", "time_to_first_token_s", "decode_tokens_per_s",
     "kernels", "step_s", "weight_bytes", "bytes_per_token", "bandwidth_bytes_per_s",
     "read_bandwidth_bytes_per_s", "peak_memory_bytes", "recompiles", "texts", "token_ids",

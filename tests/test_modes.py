@@ -14,6 +14,7 @@ import eval as evaluation
 import generate
 import quantize
 from calibration import BUNDLED
+from kernels import choice
 from modes import mode_names, parse_mode
 
 WIDTH = 512  # columns that are kept of the feed-forward's 1536
@@ -60,6 +61,7 @@ def run(monkeypatch, tmp_path):
     """run(module, **flags): a command line in this process -> what its --json wrote."""
     monkeypatch.setattr(generate, "read_bandwidth", lambda device: 1e10)
     monkeypatch.setattr(autoquant, "WORKING_SET", 2**18)
+    monkeypatch.setattr(choice, "_setting", "auto")  # restored, whatever --kernels sets
 
     def call(module, *switches, **flags):
         out = tmp_path / "figures.json"
@@ -91,9 +93,11 @@ def test_quantize_generate_eval(name, source, run, tmp_path):
     )  # fmt: skip
     assert made["mode"] == name and len(made["token_ids"][0]) == 8
 
-    score = run(
-        evaluation, **flags, text=source / "text", reference=source, seq_length=256, limit=1
-    )
-    # The divergence follows the error of the weights: a wrong kernel stands out.
+    flags |= {"text": source / "text", "seq_length": 256, "limit": 1}
+    score = run(evaluation, **flags, reference=source)
+    # The divergence follows the error of the weights ...
     error = max((layer["error"] for layer in written["layers"]), default=0)
     assert score["kl_mean"] < 0.02 + 30 * error**2
+    # ... and with PyTorch's operators in place of the kernels it is the same model.
+    plain = run(evaluation, **flags, kernels="inductor")
+    assert score["perplexity"] == pytest.approx(plain["perplexity"], rel=0.03)
