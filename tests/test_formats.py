@@ -67,6 +67,20 @@ def test_product_equals_fp64(name, exact):
                     assert error < 1e-5, (k, n, rows, settings, m is packed)
 
 
+@pytest.mark.parametrize("name", ["int8dq", "w4a8"])
+def test_integer_sums_are_exact(name):
+    """To the bit: only what is rounded after the sum of integers could differ."""
+    if not native.load():
+        pytest.skip("no compiler")
+    for settings in settings_of(name):
+        module, *_ = quantized(name, random_weight(100, 600), None, torch.float32, **settings)
+        packed = copy.deepcopy(module)
+        packed.repack()
+        for rows in ROWS:
+            x = torch.randn(rows, 600)
+            assert torch.equal(packed(x), module(x))
+
+
 @every_format
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_leading_dimensions(name, dtype, exact):

@@ -303,7 +303,9 @@ struct Tile {
     f.dot(c, codes + block * words(c) * 16, positions ? positions + block * 16 : nullptr,
           group_scales ? group_scales + group * 16 : nullptr, c.a.x + block * kBlock, sums);
   }
+  // What sums over a group are multiplied by; a row's own scale comes with finish().
   vf scale(const Coded& c, const Decoder& f, int64_t group, int p) const {
+    if (c.a.scales) return splat(f.factor);
     int64_t g = c.scale_groups > 1 ? group : 0;
     return load_many(scales, c.scale_type, g * 16 + p * kLanes) * f.factor;
   }
@@ -348,7 +350,7 @@ void coded_tiles(const Coded& c, int64_t tile0, int64_t tile1) {
     const Tile tile(c, t);
     for (int64_t g = 0; g < a.groups; g++) {
       const int64_t end = min((g + 1) * a.group, a.kpad);
-      memset(dots, 0, a.m * 64);
+      if (g == 0 || !a.scales) memset(dots, 0, a.m * 64);
       for (int64_t k = g * a.group; k < end; k += kBlock) {
         if (a.m == 1) {
           tile.dot(c, f, k / kBlock, g, dots);
@@ -362,6 +364,7 @@ void coded_tiles(const Coded& c, int64_t tile0, int64_t tile1) {
           accumulate<2>(block, a.x + m * a.kpad + k, a.kpad, dots + m * 16);
         if (m < a.m) accumulate<1>(block, a.x + m * a.kpad + k, a.kpad, dots + m * 16);
       }
+      if (a.scales && g + 1 < a.groups) continue;
       for (int p = 0; p < kParts; p++) {
         const vf scale = tile.scale(c, f, g, p), zero = tile.zero(g, p);
         for (int64_t m = 0; m < a.m; m++)

@@ -37,6 +37,10 @@ Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& s
   c.scale_groups = group_scales ? 1 : a.groups;
   c.scale_type = type_of(scales);
   c.scales = data(scales, scales.scalar_type(), rows * c.scale_groups, "scales");
+  if (scales.scalar_type() == at::kFloat && c.scale_groups == 1) {
+    a.scales = c.scales;
+    a.scale_type = Type::fp32;
+  }
   c.zeros = static_cast<const uint8_t*>(data(zeros, at::kByte, rows * a.groups, "zeros"));
   c.group_scales =
       static_cast<const uint16_t*>(data(group_scales, at::kHalf, rows * a.groups, "group_scales"));
@@ -77,7 +81,9 @@ void stream(Call& call, Coded& c) {
 void through_wide_panels(Call& call, const Coded& c, const Tensor& rows) {
   const Linear& a = c.a;
   Tensor panel = at::empty({a.kpad, std::min(div_up(a.n, 16) * 16, kPanelRows)}, rows.options());
-  Tensor out = call.y.view({a.m, a.n}), scales;
+  Tensor out = call.y.view({a.m, a.n}), scales, row_scales;
+  if (a.scales)
+    row_scales = at::from_blob(const_cast<void*>(a.scales), {a.n}, rows.options());
   if (a.xs) scales = at::from_blob(const_cast<float*>(a.xs), {a.m, 1}, rows.options());
   float* to = panel.mutable_data_ptr<float>();
   const int64_t width = panel.size(1);
@@ -88,6 +94,7 @@ void through_wide_panels(Call& call, const Coded& c, const Tensor& rows) {
     });
     Tensor part = at::mm(rows, panel.narrow(1, 0, count));
     if (a.xs) part.mul_(scales);
+    if (a.scales) part.mul_(row_scales.narrow(0, n, count));
     if (call.bias.defined()) part.add_(call.bias.narrow(0, n, count));
     out.narrow(1, n, count).copy_(part);
   }

@@ -49,7 +49,9 @@ constexpr int64_t attention_scratch(int64_t d) {
 }
 
 // A product with an n-bit weight: w = (value of the code - zero) * scale; see coded.cpp.
-// Of `a`, x (padded to 32 columns), group_sum and, if x is quantized, xs [m] are used.
+// Of `a`, x (padded to 32 columns), group_sum and, if x is quantized, xs [m] are used. Where a row
+// has one scale, in fp32, it is in a.scales too: the sums are multiplied by it at the end, so that
+// sums of integers (w4a8) are exact.
 struct Coded {
   Linear a;
   const uint32_t* codes;        // [tiles, words, 16]: 32 columns are `bits` words
