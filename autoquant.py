@@ -269,6 +269,11 @@ def read_or_make_plan(
         plan = Plan.load(path)
         if set(plan.layers) != set(names):
             raise UserError(f"{path} is a plan for other layers than those of {source.path}")
+        if plan.candidates != candidates or min_sqnr not in (None, plan.min_sqnr):
+            raise UserError(
+                f"{path} is a plan of {', '.join(plan.candidates)} with --min_sqnr "
+                f"{plan.min_sqnr}: ask for the same, or remove it"
+            )
         return plan
     if device == "cpu":
         native.load()

@@ -28,12 +28,12 @@ import bench_serving
 import bench_start
 from bench_report import Row, plot, pyplot, table
 from checkpoint import Checkpoint, open_checkpoint
-from errors import UserError, check_device, cli, progress
+from engine import COMPILE_MODES
+from errors import UserError, check_device, check_outputs, cli, progress, write_json
 from kernels.choice import KERNELS
 from model import CONFIGS
-from modes import FLOAT_MODES, Mode, head_mode, mode_names, parse_mode
+from modes import ALGORITHMS, AUTOQUANT, FLOAT_MODES, Mode, head_mode, mode_names, parse_mode
 from quantize import default_output
-from scripts.download import ensure_default_model
 
 HERE = Path(__file__).parent
 MIN_STEPS = 50  # timed; the three warm-up steps come on top
@@ -117,8 +117,11 @@ def quantized_file(source: Checkpoint, mode: Mode, folder: Path, device: str) ->
     A file is taken only if its header says this mode, group size and the default LM head.
     """
     name = default_output(source, mode).name
+    made_from = {"path": str(source.path.resolve()), "modified": modified(source)}
+    note = folder / f"{name}.source.json"  # whose a file in `folder` is
     want = (str(mode), mode.groupsize, str(head_mode(mode, None)))
-    for path in (source.directory / name, folder / name):
+    known = note.exists() and json.loads(note.read_text()) == made_from
+    for path in [source.directory / name, *([folder / name] if known else [])]:
         if path.exists():
             header = open_checkpoint(path).header
             if tuple(header.get(k) for k in ("mode", "groupsize", "lm_head")) == want:
@@ -126,11 +129,17 @@ def quantized_file(source: Checkpoint, mode: Mode, folder: Path, device: str) ->
                 return path
     progress(f"{label(mode)}: quantizing ...")
     for file in TOKENIZER_FILES:  # a checkpoint's tokenizer is looked for beside it
-        if (source.directory / file).exists():
+        if (source.directory / file).exists() and not folder.samefile(source.directory):
             shutil.copy(source.directory / file, folder)
     flags = ["--mode", str(mode), *group_flags(mode), "--checkpoint_path", str(source.path)]
     run_script("quantize.py", [*flags, "--output", str(folder / name), "--device", device])
+    note.write_text(json.dumps(made_from))
     return folder / name
+
+
+def modified(checkpoint: Checkpoint) -> float:
+    """When its newest file was written, in seconds since the epoch."""
+    return max(path.stat().st_mtime for path in set(checkpoint.files.values()))
 
 
 def checkpoint_entry(source: Checkpoint, mode: Mode, folder: Path, device: str) -> Entry:
@@ -162,14 +171,15 @@ def score(entries: list[Entry], flags: list[str], folder: Path) -> None:
 def perplexity(entry: Entry, flags: list[str], kept: Path) -> float:
     """What eval.py finds, or found: `kept` holds its figures and flags from an earlier run.
 
-    They are taken if the flags are the same and no file of the checkpoint is newer.
+    They are taken if the flags are the same and neither the checkpoint nor the text is newer.
     """
-    checkpoint = open_checkpoint(Path(entry.flags[entry.flags.index("--checkpoint_path") + 1]))
-    changed = max(path.stat().st_mtime for path in checkpoint.files.values())
     flags = [*entry.flags, *flags]
+    checkpoint = open_checkpoint(Path(flags[flags.index("--checkpoint_path") + 1]))
+    text = Path(flags[flags.index("--text") + 1])
+    changed = max(modified(checkpoint), text.stat().st_mtime)
     if kept.exists() and kept.stat().st_mtime > changed:
         earlier = json.loads(kept.read_text())
-        if earlier["flags"] == flags:
+        if earlier.get("flags") == flags:
             return earlier["perplexity"]
     figures = run_script("eval.py", flags)
     kept.write_text(json.dumps({"flags": flags, **figures}, indent=1))
@@ -211,7 +221,7 @@ def parse_args() -> argparse.Namespace:
     add("--random_weights", choices=list(CONFIGS), metavar="NAME",
         help=f"true shapes, random weights, no files: {', '.join(CONFIGS)}")  # fmt: skip
     add("--modes", help="comma-separated: modes, mode:groupsize, or files of quantize.py; "
-        "default: every mode")  # fmt: skip
+        "default: every mode there can be")  # fmt: skip
     add("--groupsize", type=int, help="of the modes that have groups; default: the format's")
     add("--text", type=Path, help="text to measure perplexity on; default: no perplexity")
     add("--seq_length", type=int, default=2048, help="tokens of a perplexity window")
@@ -225,9 +235,7 @@ def parse_args() -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=128)
     add("--kv_cache", choices=["bf16", "int8"], default="bf16")
     add("--compile", action=argparse.BooleanOptionalAction, default=True)
-    add("--compile_mode", default="reduce-overhead",
-        choices=["default", "reduce-overhead", "max-autotune",
-                 "max-autotune-no-cudagraphs"])  # fmt: skip
+    add("--compile_mode", default="reduce-overhead", choices=COMPILE_MODES)
     add("--repeats", type=int, default=3, help="turns; a figure is their median")
     add("--work_dir", type=Path,
         help="keep the quantized checkpoints and their perplexities here, and use those that "
@@ -247,6 +255,9 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--repeats and --prompt must be at least 1")
     if args.random_weights and (args.text or args.checkpoint_path):
         raise UserError("--random_weights goes without --checkpoint_path and --text")
+    if min(n for n in (args.threads, args.limit, args.seq_length - 1, 1) if n is not None) < 1:
+        raise UserError("--threads and --limit must be at least 1, --seq_length at least 2")
+    check_outputs(args.json, args.plot)
     if args.text and not args.text.is_file():
         raise UserError(f"no text file at {args.text}")
     if args.plot:
@@ -257,7 +268,7 @@ def check(args: argparse.Namespace) -> None:
 
 def shared_flags(args: argparse.Namespace) -> list[str]:
     """What every turn's generate.py and every eval.py get alike."""
-    threads = ["--threads", str(args.threads)] if args.threads else []
+    threads = [] if args.threads is None else ["--threads", str(args.threads)]
     exact = ["--exact_activations"] if args.exact_activations else []
     kernels = ["--kernels", args.kernels]
     return ["--device", args.device, *kernels, "--kv_cache", args.kv_cache, *threads, *exact]
@@ -278,7 +289,7 @@ def benchmark(entries: list[Entry], args: argparse.Namespace, folder: Path) -> d
         f"of {args.repeats} turns of a fresh process per mode"
     )
     if args.text:
-        limit = ["--limit", str(args.limit)] if args.limit else []
+        limit = [] if args.limit is None else ["--limit", str(args.limit)]
         length = ["--seq_length", str(args.seq_length)]
         score(entries, [*shared, "--text", str(args.text), *length, *limit], folder)
         windows = f"the first {args.limit}" if args.limit else "all"
@@ -296,16 +307,25 @@ def benchmark(entries: list[Entry], args: argparse.Namespace, folder: Path) -> d
     return {"machine": machine, "command": sys.argv, "protocol": protocol, "rows": rows}
 
 
+def needs_checkpoint(mode: Mode) -> bool:
+    """Whether quantize.py alone makes it: from text, or by timing."""
+    return mode.format in AUTOQUANT or ALGORITHMS[mode.algorithm].calibrated
+
+
 def make_entries(args: argparse.Namespace, folder: Path) -> list[Entry]:
     """The rows that the command line asks for, with their checkpoints made."""
     names = args.modes.split(",") if args.modes else mode_names()
     modes = read_modes([name.strip() for name in names if name.strip()], args.groupsize)
+    if args.random_weights and not args.modes:
+        modes = [mode for mode in modes if not needs_checkpoint(mode)]
     files = [entry_of_file(mode) for mode in modes if isinstance(mode, Path)]
     if args.random_weights:
         if files:
             raise UserError("--random_weights has no checkpoint files: leave them out of --modes")
+        if unfit := [str(mode) for mode in modes if needs_checkpoint(mode)]:
+            raise UserError(f"random weights cannot be calibrated: leave out {', '.join(unfit)}")
         return [random_entry(mode, args.random_weights) for mode in modes]
-    source = open_checkpoint(args.checkpoint_path or ensure_default_model())
+    source = open_checkpoint(args.checkpoint_path)
     if source.header:
         raise UserError(f"{source.path} is quantized already: give the source model's directory")
     return [
@@ -339,8 +359,7 @@ def main() -> None:
     print(table(rows))
     if args.random_weights:
         print("\nrandom weights of the true shape: speed and size only")
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1))
+    write_json(args.json, figures)
     if args.plot:
         plot(rows, args.plot, f"{machine['device']}; {args.text.name}")
 

@@ -9,7 +9,6 @@ process measures all rows, one after another: a drift of the machine shows up be
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -19,10 +18,18 @@ from pathlib import Path
 import torch
 
 from bench_report import markdown, pyplot, save
-from engine import BUCKETS, Engine, Sampling, cache_length, compiled_graphs, configure_compiler
-from errors import UserError, progress
+from engine import (
+    BUCKETS,
+    COMPILE_MODES,
+    Engine,
+    Sampling,
+    cache_length,
+    compiled_graphs,
+    configure_compiler,
+)  # fmt: skip
+from errors import UserError, check_outputs, progress, write_json
 from generate import add_model_arguments, load
-from measure import device_name, peak_memory, spread, step_bytes
+from measure import device_name, peak_memory, reset_peak_memory, spread, step_bytes
 from model import CONFIGS, Transformer
 
 GREEDY = Sampling(temperature=0)
@@ -39,6 +46,7 @@ def throughput(model: Transformer, args: argparse.Namespace) -> list[dict]:
     rows = []
     for batch in args.batch_sizes:
         length = args.prompt_tokens + args.max_new_tokens
+        torch._dynamo.reset()
         engine = Engine(model, GREEDY, batch=batch, length=length, kv_cache=args.kv_cache,
                         compile_mode=args.compile_mode if args.compile else None)  # fmt: skip
         compile_s = engine.warm_up(args.prompt_tokens)
@@ -118,6 +126,7 @@ def position(model: Transformer, args: argparse.Namespace) -> list[dict]:
     generator = torch.Generator().manual_seed(args.seed)
     tokens = synthetic(args.positions, model.config.vocab_size, generator)
     rows, filled = [], 0
+    reset_peak_memory(args.device)
     for i in range(1, args.points + 1):
         end = max(filled + 1, (args.positions - 1) * i // args.points)
         begin = time.perf_counter()
@@ -219,10 +228,9 @@ def parse_args(kind: str, argv: list[str]) -> argparse.Namespace:
     add_model_arguments(parser)
     add("--random_weights", choices=list(CONFIGS), metavar="NAME", help="true shapes, no files")
     add("--kv_cache", choices=["bf16", "int8"], default="bf16")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True)
-    add("--compile_mode", default="reduce-overhead",
-        choices=["default", "reduce-overhead", "max-autotune",
-                 "max-autotune-no-cudagraphs"])  # fmt: skip
+    if kind != "latency":  # whose policies say it
+        add("--compile", action=argparse.BooleanOptionalAction, default=True)
+    add("--compile_mode", default="reduce-overhead", choices=COMPILE_MODES)
     add("--seed", type=int, default=0)
     if kind == "throughput":
         add("--batch_sizes", type=integers, default=[1, 2, 4, 8, 16, 32, 64])
@@ -240,11 +248,15 @@ def parse_args(kind: str, argv: list[str]) -> argparse.Namespace:
     add("--json", type=Path, help="write the rows here")
     add("--plot", type=Path, metavar="FILE.png")
     args = parser.parse_args(argv)
-    numbers = [v for name, v in vars(args).items() if type(v) is int and name != "seed"]
+    numbers = [
+        v for name, v in vars(args).items() if type(v) is int and name not in ("seed", "groupsize")
+    ]
     if min([*numbers, *getattr(args, "batch_sizes", [])]) < 1:
         raise UserError("sizes and counts must be at least 1")
     if unknown := set(getattr(args, "policies", ())) - set(POLICIES):
         raise UserError(f"unknown policy {min(unknown)!r}: there is {', '.join(POLICIES)}")
+    if kind == "position" and args.points >= args.positions:
+        raise UserError(f"--points {args.points}: fewer than the {args.positions} positions")
     if kind == "throughput" and args.max_new_tokens < WARM_STEPS + 2:
         raise UserError(f"--max_new_tokens {args.max_new_tokens}: at least {WARM_STEPS + 2}")
     return args
@@ -253,10 +265,11 @@ def parse_args(kind: str, argv: list[str]) -> argparse.Namespace:
 def main(kind: str, argv: list[str]) -> None:
     """`kind` is throughput, latency or position."""
     args = parse_args(kind, argv)
+    check_outputs(args.json, args.plot)
     if args.plot:
         pyplot()
     model, mode, _ = load(args, args.random_weights)
-    if args.compile:
+    if getattr(args, "compile", True):
         configure_compiler()
     rows = {"throughput": throughput, "latency": latency, "position": position}[kind](model, args)
     progress("")
@@ -269,9 +282,8 @@ def main(kind: str, argv: list[str]) -> None:
     print(title + "\n")
     columns = COLUMNS[kind]
     print(markdown([[c for c, _ in columns], *([show(r) for _, show in columns] for r in rows)]))
-    if args.json:
-        figures = {"kind": kind, "model": str(name), "mode": mode, "machine": machine,
-                   "command": sys.argv, "rows": rows}  # fmt: skip
-        args.json.write_text(json.dumps(figures, indent=1))
+    figures = {"kind": kind, "model": str(name), "mode": mode, "machine": machine,
+               "command": sys.argv, "rows": rows}  # fmt: skip
+    write_json(args.json, figures)
     if args.plot:
         draw_plot(kind, rows, args.plot, title)

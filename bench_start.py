@@ -8,7 +8,6 @@ the cold run left. The four take turns; a figure is the median.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 
 from bench_report import markdown
-from errors import UserError, progress
+from errors import UserError, check_outputs, progress, write_json
 from measure import device_name
 
 PROMPT = "Once upon a time"
@@ -84,6 +83,7 @@ def main(argv: list[str]) -> None:
     args = parse_args(argv)
     if args.repeats < 1:
         raise UserError("--repeats must be at least 1")
+    check_outputs(args.json)
     flags = ["--device", args.device]
     for name in ("checkpoint_path", "threads"):
         if getattr(args, name) is not None:
@@ -96,7 +96,5 @@ def main(argv: list[str]) -> None:
     ]
     cells = [[r["way"], f"{r['start_to_first_token_s']:.1f}"] for r in rows]
     print(markdown([["Start", "Seconds to the first token"], *cells]))
-    if args.json:
-        machine = {"device": device_name(args.device), "torch": torch.__version__}
-        figures = {"kind": "start", "machine": machine, "command": sys.argv, "rows": rows}
-        args.json.write_text(json.dumps(figures, indent=1))
+    machine = {"device": device_name(args.device), "torch": torch.__version__}
+    write_json(args.json, {"kind": "start", "machine": machine, "command": sys.argv, "rows": rows})

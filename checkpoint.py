@@ -132,7 +132,10 @@ def _open_directory(path: Path) -> Checkpoint:
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{config_path}: missing or malformed entry ({error})") from None
     if index.exists():
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index} has no weight_map: the download is incomplete")
+        shards = sorted({str(shard) for shard in weight_map.values()})
         if any(Path(shard).name != shard for shard in shards):
             raise UserError(f"{index} points outside its directory")
     else:
@@ -162,7 +165,10 @@ def open_checkpoint(path: Path | str | None = None) -> Checkpoint:
         raise UserError(f"no checkpoint at {path}: give a directory or a .safetensors file")
     names, metadata = _names(path)
     if METADATA_KEY not in metadata:
-        return _open_directory(path.parent)
+        directory = _open_directory(path.parent)
+        if path not in directory.files.values():
+            raise UserError(f"{path} is no checkpoint: not of quantize.py, nor of its directory")
+        return directory
     try:
         header = json.loads(metadata[METADATA_KEY])
         if header["version"] > VERSION:

@@ -166,6 +166,10 @@ def cache_length(tokens: int) -> int:
     return -(-max(tokens, 1) // BUCKETS[0]) * BUCKETS[0]
 
 
+# What torch.compile can be asked for.
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
 class Engine:
     """A model with a cache of `length` slots for `batch` sequences, ready to generate.
 
@@ -215,9 +219,11 @@ class Engine:
             dynamic = buckets is None
             self.prefill_step = torch.compile(self._prefill_step, fullgraph=True, dynamic=dynamic)
             # Up to MOST_ROWS rows the model is one operator: dynamic needs one of these too.
-            self.warm_sizes = [b for b in buckets or (2, *BUCKETS) if b < length]
+            # The largest chunk is cut to the cache's size: the longest prompt runs it.
+            sizes = {min(b, length - 1) for b in buckets or (2, *BUCKETS)}
+            self.warm_sizes = sorted(sizes - {0})
 
-    def compile(self, name: str, step: Callable, rows: int, **options) -> Callable:
+    def compile(self, name: str, step: Callable, rows: int) -> Callable:
         """`step` through torch.compile, if that is asked for and pays.
 
         On so few rows that the model is one operator there is nothing to fuse, and Dynamo's guards
@@ -226,7 +232,7 @@ class Engine:
         if self.compile_mode is None or (self.model.plan is not None and rows <= MOST_ROWS):
             return step
         self.compiled.append(name)
-        return torch.compile(step, mode=self.compile_mode, fullgraph=True, **options)
+        return torch.compile(step, mode=self.compile_mode, fullgraph=True, dynamic=False)
 
     def _decode_step(self, token: Tensor, start: Tensor, u: Tensor) -> Tensor:
         """token [B, 1] at positions start [B] -> the next token [B, 1]."""

@@ -1,9 +1,12 @@
 """What the command lines share: a user's mistake is one line and exit code 2; progress lines."""
 
+import json
+import math
 import os
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 
@@ -28,6 +31,40 @@ def progress(text: str) -> None:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
     elif text:
         print(text, file=sys.stderr, flush=True)
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """A UserError, before the work begins, if a file cannot be written at one of the paths."""
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir() or not path.parent.is_dir():
+            raise UserError(f"cannot write {path}: give a file in a folder that exists")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UserError(f"cannot write {path}: no permission")
+
+
+def first_rank() -> bool:
+    """Whether this process is the only one, or the one of torchrun's that reports."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def write_json(path: Path | None, figures: dict[str, Any]) -> None:
+    """Write `figures` to the file of `--json`, if one is asked for; not-a-number becomes null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    if path is None or not first_rank():
+        return
+    try:
+        path.write_text(json.dumps(plain(figures), indent=1))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def mute(prefix: str) -> None:

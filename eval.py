@@ -13,7 +13,6 @@ over the same tokens, and how often both put the same token first.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from torch import Tensor
 from calibration import BUNDLED
 from checkpoint import load_model, open_checkpoint
 from engine import configure_compiler
-from errors import UserError, cli, progress
+from errors import UserError, check_outputs, cli, progress, write_json
 from generate import PRECISIONS, add_model_arguments, load, open_tokenizer
 from model import Transformer
 from scorer import ROWS, Scorer
@@ -224,6 +223,7 @@ def main() -> None:
     args = parse_args()
     if args.reference and args.tasks and not args.text:
         raise UserError("--reference compares on a text: give --text beside --tasks")
+    check_outputs(args.json)
     model, mode, directory = load(args)
     tokenizer = open_tokenizer(directory, model, required=True)
     if args.compile:
@@ -234,8 +234,7 @@ def main() -> None:
         figures |= asdict(run_perplexity(model, tokenizer, args))
     if args.tasks:
         figures["tasks"] = run_tasks(model, tokenizer, args)
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1))
+    write_json(args.json, figures)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ over its time, beside what this machine reads at best in the same run.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -18,13 +17,13 @@ import tp
 from backends import check_layers, choose_kernels
 from chat import Streamer, chat, render_chat
 from checkpoint import load_model, open_checkpoint
-from engine import Engine, Result, Sampling, compiled_graphs, configure_compiler
-from errors import UserError, check_device, cli, progress
+from engine import COMPILE_MODES, Engine, Result, Sampling, compiled_graphs, configure_compiler
+from errors import UserError, check_device, check_outputs, cli, first_rank, progress, write_json
 from kernels import native
 from kernels.choice import KERNELS
 from measure import device_name, peak_memory, read_bandwidth, spread, step_bytes, weight_bytes
 from model import CONFIGS, Transformer
-from modes import FLOAT_MODES, head_mode, parse_mode
+from modes import ALGORITHMS, AUTOQUANT, FLOAT_MODES, head_mode, parse_mode
 from package import Package
 from prompts import encode_prompt, open_tokenizer, read_prompts
 from quantize import quantize_
@@ -58,6 +57,10 @@ def load(args: argparse.Namespace, random_name: str | None = None):
     Of the processes of torchrun each gets its share (tp.py).
     """
     check_device(args.device)
+    if args.groupsize is not None and not args.quantization:
+        raise UserError("--groupsize is of --quantization: a checkpoint has its own")
+    if random_name is not None and args.checkpoint_path:
+        raise UserError("--random_weights needs no --checkpoint_path: take one of them")
     choose_kernels(args.kernels, args.device)
     ranks = tp.start(args.device)
     if args.threads is not None:
@@ -69,6 +72,15 @@ def load(args: argparse.Namespace, random_name: str | None = None):
         native.exact_activations(args.exact_activations or None)
     dtype = PRECISIONS.get(args.precision)
     mode = parse_mode(args.quantization, args.groupsize) if args.quantization else None
+    if mode and mode.format in FLOAT_MODES:  # a dtype, not a format
+        if dtype not in (None, FLOAT_MODES[mode.format]):
+            raise UserError(f"--quantization {mode} and --precision {args.precision}: take one")
+        dtype, mode = FLOAT_MODES[mode.format], None
+    if mode and (mode.format in AUTOQUANT or ALGORITHMS[mode.algorithm].calibrated):
+        raise UserError(
+            f"{mode} is calibrated, or timed: write a checkpoint with quantize.py first"
+        )
+    names = {dtype: name for name, dtype in FLOAT_MODES.items()}
     if random_name is not None:
         dtype, config = dtype or torch.bfloat16, CONFIGS[random_name]
         if ranks:
@@ -76,7 +88,7 @@ def load(args: argparse.Namespace, random_name: str | None = None):
         else:
             model = random_model(config, mode, args.device, dtype)
         check_layers(model)
-        return model, str(mode) if mode else "bf16", None
+        return model, str(mode) if mode else names[dtype], None
     checkpoint = open_checkpoint(args.checkpoint_path)
     if mode and checkpoint.header.get("layers"):
         raise UserError(f"{checkpoint.path} is quantized already: leave --quantization out")
@@ -84,7 +96,6 @@ def load(args: argparse.Namespace, random_name: str | None = None):
         model = tp.load_ranked(ranks, checkpoint, checkpoint.config, mode, args.device, dtype)
     else:
         model = load_model(checkpoint, args.device, dtype)
-    names = {dtype: name for name, dtype in FLOAT_MODES.items()}
     name = checkpoint.header.get("mode") or names[model.tok_embeddings.weight.dtype]
     if mode and not ranks:
         head = head_mode(mode, None)
@@ -103,7 +114,7 @@ def report(engine: Engine, results: list[Result], args, mode: str, compile_s: fl
     read, batch = step_bytes(engine, position), engine.batch
     step = spread(steps)
     bandwidth = read / step["p50"] if steps else float("nan")
-    speeds = [batch / s for s in steps]
+    speeds = [n / s for r in results for n, s in zip(live_rows(r), r.step_s, strict=True) if n]
     if last.accept_counts:  # a round makes several tokens: a sample's speed is all over all
         read = bandwidth = None
         speeds = [len(r.step_s) / sum(r.step_s) for r in results if r.step_s]
@@ -112,7 +123,7 @@ def report(engine: Engine, results: list[Result], args, mode: str, compile_s: fl
         "mode": mode, "device": device_name(args.device), "threads": torch.get_num_threads(),
         "kernels": args.kernels, "compile": args.compile,
         "package": str(args.package) if args.package else None,
-        "compile_mode": args.compile_mode if engine.compiled else None,
+        "compile_mode": args.compile_mode if {*engine.compiled} - {"prefill"} else None,
         "compiled": engine.compiled,
         "batch_size": batch, "prompt_tokens": last.prompt_tokens,
         "new_tokens": [len(ids) for r in results for ids in r.token_ids], "compile_s": compile_s,
@@ -124,6 +135,12 @@ def report(engine: Engine, results: list[Result], args, mode: str, compile_s: fl
         "peak_memory_bytes": peak_memory(args.device),
         "token_ids": [ids for r in results for ids in r.token_ids], **speculation(results),
     }  # fmt: skip
+
+
+def live_rows(result: Result) -> list[int]:
+    """How many rows of the batch each step made a token for: those that had not ended before."""
+    lengths = [len(ids) for ids in result.token_ids]
+    return [sum(n > i for n in lengths) for i in range(len(result.step_s))]
 
 
 def speculation(results: list[Result]) -> dict:
@@ -196,7 +213,7 @@ def parse_args() -> argparse.Namespace:
     add(
         "--compile_mode",
         default="reduce-overhead",
-        choices=["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
+        choices=COMPILE_MODES,
     )
     add("--package", type=Path, metavar="FILE.pt2",
         help="run the steps that scripts/export.py compiled, and compile nothing")  # fmt: skip
@@ -257,8 +274,7 @@ def run_samples(
         if streamer:
             print(texts[0] if not texts[0].isdecimal() else "", end="", flush=True)
         call = (prompts, args.max_new_tokens, eos, streamer)
-        first = os.environ.get("RANK", "0") == "0"
-        if args.profile and first and i == args.num_samples - 1:
+        if args.profile and first_rank() and i == args.num_samples - 1:
             with torch.profiler.profile() as trace:
                 results.append(engine.generate(*call))
             trace.export_chrome_trace(str(args.profile))
@@ -276,8 +292,15 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is loaded."""
     if min(args.num_samples, args.batch_size, args.max_new_tokens) < 1:
         raise UserError("--num_samples, --batch_size and --max_new_tokens must be at least 1")
-    if args.prompts and (args.interactive or args.batch_size > 1):
-        raise UserError("--prompts is a batch of its own: leave --interactive, --batch_size out")
+    if args.prompts and args.batch_size > 1:
+        raise UserError("--prompts is a batch of its own: leave --batch_size out")
+    if args.compile_prefill and not args.compile:
+        raise UserError("--compile_prefill goes with --compile")
+    if args.interactive:
+        others = ("json", "profile", "prompts", "num_samples", "batch_size")
+        if given := [name for name in others if getattr(args, name) not in (None, 1)]:
+            raise UserError(f"--interactive is one conversation: leave --{given[0]} out")
+    check_outputs(args.json, args.profile)
     if args.package:
         others = ("compile", "compile_prefill", "draft_checkpoint_path", "prompt_lookup",
                   "cache_size")  # fmt: skip
@@ -323,7 +346,7 @@ def main() -> None:
         chat(engine, tokenizer, args.max_new_tokens)
         return
     results = run_samples(engine, prompts, texts, args, tokenizer, eos)
-    if os.environ.get("RANK", "0") != "0":
+    if not first_rank():
         return
     figures = report(engine, results, args, mode, compile_s)
     figures["recompiles"] = compiled_graphs() - graphs
@@ -332,8 +355,7 @@ def main() -> None:
     if tokenizer:
         figures["texts"] = [tokenizer.decode(ids) for ids in figures["token_ids"]]
     print_report(figures)
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1))
+    write_json(args.json, figures)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,14 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def reset_peak_memory(device: str) -> None:
+    """Count `peak_memory` from now on, where the system can (on the CPU: Linux)."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes what is resident now
+
+
 def device_name(device: str) -> str:
     """What the figures were measured on."""
     if device.startswith("cuda"):
@@ -73,7 +81,8 @@ def read_bandwidth(device: str) -> float:
 def step_bytes(engine: Engine, position: float) -> int:
     """Bytes that one decode step reads: the weights, and the cache filled up to `position`."""
     embedding = engine.model.tok_embeddings.weight
-    tied = getattr(engine.model.output, "weight", None) is embedding
+    head = getattr(engine.model.output, "linear", engine.model.output)  # tp.py wraps it
+    tied = getattr(head, "weight", None) is embedding
     table = 0 if tied else embedding.numel() * embedding.element_size()
     cache = sum(
         b.numel() * b.element_size()

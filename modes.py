@@ -166,8 +166,7 @@ def list_modes() -> str:
         cells = "".join(f"{'-' if reason else 'yes':<9}" for reason in pairs)
         lines.append(f"{name:<16}{bits:<6.3f}{group:<7}{inputs:<8}{cells}".rstrip())
         for algorithm, reason in zip(ALGORITHMS, pairs, strict=True):
-            reasons.setdefault(algorithm, reason and reason.split(",")[0])
-            reasons[algorithm] = reasons[algorithm] or (reason and reason.split(",")[0])
+            reasons[algorithm] = reasons.get(algorithm) or reason
     lines += ["", "bits: per weight, 4096 columns; group: columns that share a scale (--groupsize)"]
     lines += ["", f"{'algorithm':<11}{'needs':<18}what it does"]
     for name, algorithm in ALGORITHMS.items():

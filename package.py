@@ -20,6 +20,8 @@ from engine import BUCKETS, Engine, sample
 from errors import UserError
 from kernels import native
 from kernels.choice import kernels
+from kernels.linear import QuantizedLinear
+from model import Transformer
 
 DECODE = "decode"
 
@@ -89,6 +91,7 @@ def write_package(engine: Engine, path: Path, report: Callable[[str], None]) -> 
     about = {
         **circumstances(device), "batch": batch, "slots": engine.slots,
         "kv_cache": cache_kind(engine), "tensors": described(tensors_of(engine)),
+        "model": described_model(engine.model),
     }  # fmt: skip
     options = {
         "aot_inductor.package": True,
@@ -120,6 +123,16 @@ def cache_kind(engine: Engine) -> str:
 def described(tensors: dict[str, Tensor]) -> dict[str, list]:
     """Shapes and dtypes, for JSON."""
     return {name: [str(t.dtype), *t.shape] for name, t in sorted(tensors.items())}
+
+
+def described_model(model: Transformer) -> dict:
+    """What code depends on besides its tensors: numbers of the shape, formats of the layers."""
+    layers = {
+        name: layer.settings()
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantizedLinear)
+    }
+    return json.loads(json.dumps({"config": model.config.to_dict(), "layers": layers}))
 
 
 def load_step(path: Path, name: str) -> AOTIModelPackageLoader:
@@ -156,7 +169,8 @@ class Package:
     def drive(self, engine: Engine) -> None:
         """Make `engine` run the package's steps on its own tensors."""
         tensors = tensors_of(engine)
-        if described(tensors) != self.about["tensors"]:
+        made_for = self.about["tensors"], self.about.get("model")
+        if made_for != (described(tensors), described_model(engine.model)):
             raise UserError(f"{self.path} was exported for another model, or another mode of it")
         for step in self.steps.values():
             needed = {name: tensors[name] for name in step.get_constant_fqns()}

@@ -79,7 +79,7 @@ class Draft:
         self.k, self.sampling = k, sampling
         self.history, self.filled = [], 0  # the cache holds the first `filled` tokens of it
         self.engine = Engine(model, sampling, spare=k, **engine)
-        self.step = self.engine.compile("step", self._step, 2, dynamic=False)
+        self.step = self.engine.compile("step", self._step, 2)
 
     def _step(self, tokens: Tensor, start: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """tokens [1, T] at positions start [1] -> the next token [1, 1] and its distribution [V].

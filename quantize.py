@@ -5,7 +5,6 @@ python quantize.py --list
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 
 import checkpoint as ckpt
 from autoquant import make_plan, read_or_make_plan
-from calibration import CalibrationStream, InputStatistics, calibration_tokens
+from calibration import LAYERS, CalibrationStream, InputStatistics, calibration_tokens
 from engine import Engine, Sampling
-from errors import UserError, check_device, cli, progress
+from errors import UserError, check_device, check_outputs, cli, progress, write_json
 from gptq import check_options
 from kernels.formats import FORMATS
 from measure import peak_memory
@@ -39,7 +38,6 @@ from tokenizer import load_tokenizer
 
 # The linear layers of a block in the order in which they run: each is quantized on the inputs
 # that it gets when those before it are quantized already.
-BLOCK_LINEARS = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
 
 
 def quantize_(
@@ -196,7 +194,7 @@ class CheckpointQuantizer:
     def write_block(self, index: int) -> None:
         """Quantize one block's linear layers in running order and write the block."""
         block = self.load_block(index)
-        for name in BLOCK_LINEARS:
+        for name in LAYERS:
             full_name = f"layers.{index}.{name}"
             if full_name not in self.modes:
                 continue
@@ -215,7 +213,7 @@ class CheckpointQuantizer:
 
 def linear_names(config: ModelConfig) -> list[str]:
     """Every linear layer of the model, the head last."""
-    blocks = [f"layers.{i}.{name}" for i in range(config.n_layers) for name in BLOCK_LINEARS]
+    blocks = [f"layers.{i}.{name}" for i in range(config.n_layers) for name in LAYERS]
     return [*blocks, "output"]
 
 
@@ -277,6 +275,10 @@ def own_samples(source: ckpt.Checkpoint, args: argparse.Namespace) -> Tensor:
 def calibrate(source: ckpt.Checkpoint, args: argparse.Namespace) -> tuple[CalibrationStream, dict]:
     """The stream of calibration samples, and how it was made, for the header."""
     samples, length = args.calibration_samples, args.calibration_seq_length
+    if samples < 1 or length < 2:
+        raise UserError("calibration needs at least 1 sample of at least 2 tokens")
+    if args.alpha is not None and not 0 <= args.alpha <= 1:
+        raise UserError(f"--alpha {args.alpha}: SmoothQuant takes 0 to 1")
     if length > source.config.max_positions:
         raise UserError(f"the model's context is {source.config.max_positions}, not {length}")
     if args.calibration == "self":
@@ -308,6 +310,7 @@ def main() -> None:
         raise UserError(f"{source.path} is quantized already: give the source model's directory")
     check_device(args.device)
     output = args.output or default_output(source, mode)
+    check_outputs(output, args.json, args.plan)
     stream, how, modes, head = None, {}, None, head_mode(mode, args.lm_head)
     algorithm = ALGORITHMS[mode.algorithm]
     given = {name: getattr(args, name) for name in algorithm.options}
@@ -321,7 +324,7 @@ def main() -> None:
         modes = plan.modes()
         if head.format in FORMATS:
             modes["output"] = head
-        how = {"name": "autoquant", "min_sqnr": args.min_sqnr}
+        how = {"name": "autoquant", "min_sqnr": plan.min_sqnr}
     elif algorithm.calibrated:
         if mode.algorithm == "gptq":
             check_options(**options)  # before the long part begins
@@ -340,7 +343,7 @@ def main() -> None:
             "peak_memory_bytes": peak_memory("cpu"),
             "output": str(output), "layers": layers,
         }  # fmt: skip
-        args.json.write_text(json.dumps(report, indent=1))
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":

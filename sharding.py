@@ -18,7 +18,7 @@ from kernels.linear import Linear, QuantizedLinear
 from kernels.packing import pack, unpack
 from model import Transformer
 
-ROUNDED = 64  # columns that the int8 and int4 kernels of the CPU round together
+ROUNDED = 64  # columns that the int4 kernel of the CPU rounds together
 
 
 def cuts(total: int, count: int, unit: int = 1) -> list[slice]:
@@ -39,7 +39,7 @@ def column_unit(layer: nn.Module) -> int | None:
     if layer.quantize_input is not None:
         return None
     if layer.name == "int8":
-        return ROUNDED
+        return 1
     one_group = layer.groupsize >= layer.in_features
     if layer.name == "int4":
         return ROUNDED if one_group else layer.groupsize

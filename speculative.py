@@ -147,7 +147,7 @@ class SpeculativeEngine(Engine):
         self.k, self.agree, self.pace, self.note = k, agree, Pace(), None
         self.counts = [0] * (k + 1)
         self.prompt: list[int] = []
-        self.verify_step = self.compile("verify step", self._verify_step, k + 1, dynamic=False)
+        self.verify_step = self.compile("verify step", self._verify_step, k + 1)
         self.proposer: Proposer = PromptLookup(k, self.device)
         if draft is not None:
             if draft.config.vocab_size != model.config.vocab_size:
@@ -157,7 +157,7 @@ class SpeculativeEngine(Engine):
                 )
             engine["seed"] = engine.get("seed", 0) + 1
             self.proposer = Draft(draft, k, sampling, **engine)
-            if self.proposer.engine.compiled:
+            if "step" in self.proposer.engine.compiled:
                 self.compiled.append("draft's step")
 
     def _verify_step(

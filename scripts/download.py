@@ -94,7 +94,7 @@ def ensure_default_model() -> Path:
     say(f"the default model is missing ({DEFAULT_MODEL.name}): fetching it")
     try:
         return fetch_default_model(DEFAULT_MODEL)
-    except ValueError:
+    except (ValueError, OSError):
         if (DEFAULT_MODEL / "config.json").is_file():  # another process was quicker
             return DEFAULT_MODEL
         raise

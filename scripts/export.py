@@ -8,6 +8,7 @@ prompt that fits its cache, and any sampling.
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -44,6 +45,8 @@ def main() -> None:
         raise UserError("--batch_size and --cache_size must be at least 1")
     if args.output.suffix != ".pt2" or not args.output.parent.is_dir():
         raise UserError(f"--output {args.output}: a file in an existing folder, ending in .pt2")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("a package is for one process: leave torchrun out")
     begin = time.perf_counter()
     model, mode, _ = load(args, args.random_weights)
     configure_compiler()

@@ -4,13 +4,22 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import save_tiny
 from torch import nn
 
-from autoquant import Plan, fastest, layer_sqnr, make_plan, record, time_candidates
+from autoquant import (
+    Plan,
+    fastest,
+    layer_sqnr,
+    make_plan,
+    read_or_make_plan,
+    record,
+    time_candidates,
+)  # fmt: skip
 from checkpoint import load_model, open_checkpoint
 from errors import UserError
 from kernels.linear import Linear, QuantizedLinear
@@ -95,6 +104,20 @@ def test_a_broken_plan_is_a_mistake_of_the_user(tmp_path, change, message):
     (tmp_path / "plan.json").write_text(json.dumps(plan | change))
     with pytest.raises(UserError, match=message):
         Plan.load(tmp_path / "plan.json")
+
+
+def test_a_plan_of_other_candidates_is_refused(tmp_path):
+    layers = {"output": {"mode": "int8"}}
+    Plan("cpu", ["bf16", "int8"], 20.0, layers, []).save(tmp_path / "plan.json")
+
+    def read(*asked):
+        source = SimpleNamespace(path="source")
+        return read_or_make_plan(tmp_path / "plan.json", source, ["output"], *asked, 0, print)
+
+    assert read(["bf16", "int8"], "cpu", None).min_sqnr == 20
+    for asked in ((["bf16", "int8dq"], "cpu", 20.0), (["bf16", "int8"], "cpu", 40.0)):
+        with pytest.raises(UserError, match="ask for the same"):
+            read(*asked)
 
 
 def test_any_module_in_place():

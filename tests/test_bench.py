@@ -103,9 +103,16 @@ def test_files_are_reused_only_if_the_header_matches(tmp_path, monkeypatch):
     real = bench.run_script
     monkeypatch.setattr(bench, "run_script", lambda *a: written.append(a) or real(*a))
     assert bench.quantized_file(source, mode, folder, "cpu") == path and not written
+    other = open_checkpoint(save_tiny_with_tokenizer(tmp_path / "other", seed=7)[0])
+    before = path.read_bytes()
+    bench.quantized_file(other, mode, folder, "cpu")  # another model of the same shape
+    assert len(written) == 1 and path.read_bytes() != before
     path.rename(folder / "model_int8.safetensors")  # a name that lies
     bench.quantized_file(source, parse_mode("int8"), folder, "cpu")
-    assert written and open_checkpoint(folder / "model_int8.safetensors").header["mode"] == "int8"
+    assert (
+        len(written) == 2
+        and open_checkpoint(folder / "model_int8.safetensors").header["mode"] == "int8"
+    )
 
 
 def test_a_group_size_of_zero_is_asked_for():
@@ -118,10 +125,17 @@ def test_perplexities_are_kept_with_their_flags(tmp_path, monkeypatch):
     fake = lambda script, flags: calls.append(flags) or {"perplexity": float(len(calls))}  # noqa: E731
     monkeypatch.setattr(bench, "run_script", fake)
     entry, kept = Entry("bf16", ["--checkpoint_path", str(directory)]), tmp_path / "kept.json"
-    assert [bench.perplexity(entry, ["--limit", "1"], kept) for _ in range(2)] == [1, 1]
-    assert bench.perplexity(entry, ["--limit", "2"], kept) == 2  # other windows
+    text = tmp_path / "text"
+    text.write_text("text")
+    one, two = (["--text", str(text), "--limit", n] for n in "12")
+    assert [bench.perplexity(entry, one, kept) for _ in range(2)] == [1, 1]
+    assert bench.perplexity(entry, two, kept) == 2  # other windows
+    os.utime(text, (2**33, 2**33))  # another text under that name
+    assert bench.perplexity(entry, two, kept) == 3
+    os.utime(text, (0, 0))
+    assert bench.perplexity(entry, two, kept) == 3
     os.utime(directory / "model.safetensors", (2**33, 2**33))  # another model under that name
-    assert bench.perplexity(entry, ["--limit", "2"], kept) == 3
+    assert bench.perplexity(entry, two, kept) == 4
 
 
 def test_two_modes_on_a_tiny_model(tmp_path):

@@ -5,6 +5,7 @@ import torch
 
 from calibration import LAYERS, CalibrationStream, InputStatistics, calibration_tokens
 from model import CONFIGS, Transformer
+from tokenizer import load_tokenizer
 
 
 class Letters:
@@ -105,5 +106,6 @@ def test_a_short_text_is_refused(tmp_path):
         calibration_tokens(Letters(), str(path), 4, 30)
 
 
-def test_the_bundled_text_is_long_enough_for_the_defaults():
-    assert calibration_tokens(Letters(), "bundled", 48, 1024).shape == (48, 1024)
+def test_the_bundled_text_is_long_enough_for_the_defaults(default_model):
+    tokenizer = load_tokenizer(default_model)
+    assert calibration_tokens(tokenizer, "bundled", 24, 1024).shape == (24, 1024)

@@ -33,18 +33,18 @@ def test_greedy_equals_transformers(tmp_path):
     assert engine.generate([prompt], 50).token_ids[0] == theirs[0, 70:].tolist()
 
 
-def test_compiled_equals_eager_and_never_recompiles(tmp_path):
-    """Greedy, fp32, token for token; prompts of 1 to 700 tokens after warm-up compile nothing."""
-    model = tiny_model(tmp_path)
-    lengths = (1, 5, 63, 64, 65, 200, 700)
-    eager = Engine(model, GREEDY, length=1000)
-    expected = [eager.generate([random_prompt(n)], 200).token_ids for n in lengths]
-    compiled = Engine(model, GREEDY, length=1000, compile_mode="default", compile_prefill=True)
+@pytest.mark.parametrize("length, lengths", [(1000, (1, 5, 63, 64, 65, 200, 700)), (300, (1, 279))])
+def test_compiled_equals_eager_and_never_recompiles(tmp_path, length, lengths):
+    """Greedy, fp32, token for token; after the warm-up no prompt that fits compiles anything."""
+    model, new = tiny_model(tmp_path), min(200, length - max(lengths))
+    eager = Engine(model, GREEDY, length=length)
+    expected = [eager.generate([random_prompt(n)], new).token_ids for n in lengths]
+    compiled = Engine(model, GREEDY, length=length, compile_mode="default", compile_prefill=True)
     assert compiled.compiled[-1] == "prefill"
     compiled.warm_up()
     graphs = compiled_graphs()
     for n, ids in zip(lengths, expected, strict=True):
-        assert compiled.generate([random_prompt(n)], 200).token_ids == ids, n
+        assert compiled.generate([random_prompt(n)], new).token_ids == ids, n
     assert compiled_graphs() == graphs
 
 

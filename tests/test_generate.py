@@ -112,6 +112,12 @@ def test_chat_keeps_the_conversation(run, default_model, monkeypatch):
         (["--prompt", "5", "--quantization", "int7"], "unknown mode"),
         (["--prompt", "5", "--quantization", "int4-gptq"], "calibrat"),
         (["--prompt", "5", "--threads", "0"], "--threads 0"),
+        (["--prompt", "5", "--quantization", "fp16"], "take one"),  # and --precision fp32
+        (["--prompt", "5", "--groupsize", "64"], "--groupsize"),
+        (["--prompt", "5", "--compile_prefill"], "goes with --compile"),
+        (["--interactive", "--num_samples", "2"], "leave --num_samples out"),
+        (["--prompt", "5", "--random_weights", "tiny"], "take one of them"),
+        (["--prompt", "5", "--json", "absent/out.json"], "cannot write"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(run, tiny, args, message):

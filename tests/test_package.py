@@ -1,5 +1,6 @@
 """Exported packages: the same tokens as the model itself, and one line for what does not fit."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -66,6 +67,10 @@ def test_what_does_not_fit_is_refused(package, tmp_path, monkeypatch):
         opened.check(torch.device("cpu"), 1, "int8")
     with pytest.raises(UserError, match="another model, or another mode"):
         opened.drive(make_engine(SAMPLED, kv_cache="bf16"))
+    engine = make_engine(SAMPLED)
+    engine.model.config = dataclasses.replace(engine.model.config, norm_eps=1e-3)
+    with pytest.raises(UserError, match="another model, or another mode"):
+        opened.drive(engine)
     for name, content in (("absent.pt2", None), ("text.pt2", b"text"),
                           ("half.pt2", package.read_bytes()[:5000])):  # fmt: skip
         if content is not None:

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from checkpoint import build_model
 from engine import Engine, Sampling
 from errors import UserError
 from measure import step_bytes
 from measure import weight_bytes as measured_bytes
 from model import CONFIGS
-from modes import parse_mode
+from modes import head_mode, parse_mode
 from predict import (
     DEVICES,
     cache_bytes,
@@ -18,6 +19,7 @@ from predict import (
     prediction_table,
     weight_bytes,
 )
+from quantize import linear_names
 from random_weights import random_model
 
 LLAMA = CONFIGS["llama-3.1-8b"]
@@ -31,15 +33,22 @@ def test_llama_at_full_context_fits_in_14_8_gb():
     assert 13e9 < parts["total"] <= 14.8e9
 
 
-@pytest.mark.parametrize("mode", ["bf16", "int8", "uint5"])
-def test_weight_bytes_are_those_of_a_model(mode):
+def test_weight_bytes_are_those_of_a_model():
     config = CONFIGS["tiny"]
     model = random_model(config, None, "cpu", torch.bfloat16)
     engine = Engine(model, Sampling(0), length=64)
     total, read = weight_bytes(config, "bf16")
     assert total == measured_bytes(model) and read == step_bytes(engine, 0)
     assert cache_bytes(config, 64) == step_bytes(engine, 64) - read
-    assert weight_bytes(config, mode)[0] <= total
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "uint5", "fp6", "int4-sparse24", "w4a8"])
+def test_weight_bytes_are_those_of_a_checkpoint(name):
+    config, mode = CONFIGS["smollm2-135m"], parse_mode(name)
+    modes = {**dict.fromkeys(linear_names(config), mode), "output": head_mode(mode, None)}
+    model = build_model(config, {n: m.settings for n, m in modes.items()}, torch.bfloat16)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert weight_bytes(config, name)[0] == sum(t.numel() * t.element_size() for t in tensors)
 
 
 def test_quantized_bytes_by_hand():
