@@ -8,6 +8,7 @@ Shapes: B sequences, T new tokens each, S cache slots, H heads, H_kv key-value h
 C model width, V vocabulary.
 """
 
+import copy
 import math
 from dataclasses import asdict, dataclass, replace
 
@@ -277,6 +278,13 @@ class Transformer(nn.Module):
         are replaced afterwards go unnoticed until `fuse` is called again.
         """
         self.plan = plan_decode(self)
+
+    def __deepcopy__(self, memo: dict) -> "Transformer":
+        """A copy that is not fused: the plan knows the tensors of this model alone."""
+        other = memo[id(self)] = self.__class__.__new__(self.__class__)
+        other.__dict__ = copy.deepcopy(self.__dict__, memo)
+        other.plan = None
+        return other
 
     def rope(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of the angles at `position` [B, T]: [B, T, 1, D / 2] each."""

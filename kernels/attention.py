@@ -92,8 +92,8 @@ def attention(
 
     Args:
         q: [B, H, T, D] bf16, fp16 or fp32: T new tokens of each sequence.
-        k, v: [B, H_kv, S, D], in q's dtype or int8, H a multiple of H_kv. The new tokens' own keys
-            and values are already in slots start[b] .. start[b] + T - 1.
+        k, v: [B, H_kv, S, D], contiguous, in q's dtype or int8, H a multiple of H_kv. The new
+            tokens' own keys and values are already in slots start[b] .. start[b] + T - 1.
         start: [B] int64, start[b] + T <= S.
         k_scale, v_scale: [B, H_kv, S, 1], for an int8 cache.
 

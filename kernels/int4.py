@@ -4,7 +4,7 @@
     w_hat = (q - 8) * s + z
 
 s and z are bf16, one pair per row and group of 32, 64, 128 or 256 columns. Where the group size
-does not divide K the last group is shorter; nothing is padded and nothing is refused.
+does not divide K the last group is shorter; nothing is padded.
 Source: the int4 scheme of PyTorch's tinygemm kernels (`_weight_int4pack_mm`), used by gpt-fast and
 torchao. Stored as ceil(K / 2) bytes a row, the even column in the low nibble.
 """

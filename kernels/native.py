@@ -74,8 +74,8 @@ def load() -> bool:
             _say("no C++ compiler (g++ or clang++): products run through ATen, slower")
         else:
             torch.ops.load_library(build(compiler))
-            _register_fakes()
             torch.ops.flatllama.set_cpu_level(os.environ.get("FLATLLAMA_CPU") or "best")
+            _register_fakes()
         _loaded = compiler is not None
     return _loaded
 

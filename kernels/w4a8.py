@@ -6,7 +6,8 @@ Groups (128): a group's scale takes its 4 bits to int8, the row's scale takes in
     S = (16 / 15) max|w_row| / 127, fp32
     s = max(2 max|w_group| / 15 / S, 1), fp16               q = clamp(round(w / (s S)), -8, 7)
     w8 = round(q s), an integer of -127..127                w_hat = w8 S
-x per token: symmetric int8 (activations.py); y = (sum_k q_x w8) s_x S + b, the sum in integers.
+x per token: symmetric int8 (activations.py); y = (sum_k q_x w8) s_x S + b, the sum of integers,
+exact in fp32 up to 2^24.
 
 Stored as q + 8. Where a group is 16 times smaller than its row, s stays 1: int8 is no finer.
 Source: Marlin QQQ (arXiv 2406.09904), which rounds the same way inside its kernel.

@@ -1,5 +1,6 @@
 """The model as one operator against its modules: every format, caches, shapes, levels."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -125,6 +126,30 @@ def test_compiled_step_writes_the_cache():
     engine.decode_step, engine.cached = torch.compile(engine._decode_step, fullgraph=True), []
     assert engine.generate(prompt, 40).token_ids == want
     assert compiled_graphs() > graphs
+
+
+def test_a_plan_outlives_the_memory_of_its_layers():
+    """A layer whose storage is swapped afterwards goes unnoticed; nothing freed is read."""
+    model = make_model(CONFIGS["tiny"], None, torch.float32)
+    model.setup_cache(1, 16)
+    model.fuse()
+    token, start = torch.tensor([[3]]), torch.tensor([0])
+    want = model(token, start)
+    for layer in model.layers:
+        layer.feed_forward.w2.weight.data = torch.full_like(layer.feed_forward.w2.weight, torch.nan)
+    assert torch.equal(model(token, start), want)
+
+
+def test_a_copy_is_not_fused():
+    model = make_model(CONFIGS["tiny"], "int8", torch.float32)
+    model.setup_cache(1, 16)
+    model.fuse()
+    other = copy.deepcopy(model)
+    assert model.plan is not None and other.plan is None
+    token, start = torch.tensor([[3]]), torch.tensor([0])
+    want = model(token, start)
+    other.norm.weight.data *= 2
+    assert torch.equal(model(token, start), want) and not torch.equal(other(token, start), want)
 
 
 def test_rows_last():

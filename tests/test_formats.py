@@ -93,21 +93,15 @@ def test_half_precision_and_leading_dimensions(name, dtype, exact):
     assert (y - want).norm() / want.norm() < 5e-3
 
 
-@pytest.mark.parametrize("level", ["avx2", "portable"])
-def test_other_levels_of_the_cpu(level, exact):
-    if not native.load():
-        pytest.skip("no compiler")
-    x = torch.randn(5, 203)
-    try:
-        for name in FORMATS:
-            module, *_ = quantized(name, random_weight(18, 203), None, torch.float32)
-            want = module.rounded_input(x) @ module.dequantize().double().t()
-            module.repack()
-            if native.set_cpu_level(level) != level:
-                pytest.skip(f"this machine has no {level}")
-            assert (module(x) - want).norm() / want.norm() < 1e-5, name
-    finally:
-        native.set_cpu_level("best")
+@every_format
+def test_every_level_of_the_cpu(name, level, exact):
+    module, *_ = quantized(name, random_weight(18, 203), None, torch.float32)
+    weight, packed = module.dequantize().double(), copy.deepcopy(module)
+    packed.repack()
+    for rows in (1, 5, 17):
+        x = torch.randn(rows, 203)
+        want = module.rounded_input(x) @ weight.t()
+        assert (packed(x) - want).norm() / want.norm() < 1e-5, rows
 
 
 def expected_bytes(name, n, k):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kernels import native
+from kernels.formats import FORMATS
 from kernels.linear import Linear
 
 ops = torch.ops.flatllama
@@ -125,6 +126,38 @@ def test_extreme_inputs(level, m):
         x = torch.full((m, k), value)
         want = x.double() @ q.double().T
         close(ops.int8_linear(x, tiles, ones, None, n, k), want, x.dtype)
+        floor = 1 if value in (0.0, 1e-30) else None  # below the smallest scale x is rounded to 0
+        close(ops.int8dq_linear(x, tiles, ones, None, n, k), want * (0 if floor else 1), x.dtype)
+
+
+def rounding_layers(n, k):
+    """Every product that rounds its activations, as functions of x, with weights of ones."""
+    int8 = ops.int8_repack(torch.ones(n, k, dtype=torch.int8))
+    one, zero = (torch.full((n, k // 64), v, dtype=torch.bfloat16) for v in (1.0, 0.0))
+    int4 = ops.int4_repack(torch.full((n, k // 2), 0x99, dtype=torch.uint8), one, zero, k, 64)
+    yield lambda x: ops.int8dq_linear(x, int8, torch.ones(n), None, n, k)
+    yield lambda x: ops.int4_linear(x, int4, None, n, k, 64, False)
+    for name in ("w4a8", "int8dq-int4"):
+        cls = FORMATS[name]
+        grid = cls(k, n, dtype=torch.float32).grid()
+        params = grid.fit(torch.ones(n, k))
+        layer = cls.from_codes(grid.round_to_nearest(torch.ones(n, k), params), params, None,
+                               torch.float32)  # fmt: skip
+        layer.repack()
+        yield layer
+
+
+@pytest.mark.parametrize("m", [1, 5, 40])
+def test_rounded_activations_of_any_size(level, m):
+    """Zeros, one sign, tiny and large; and what is not a number stays none, in its row alone."""
+    for layer in rounding_layers(32, 256):
+        for value in (0.0, 1.0, -1.0, 1e30, -1e30):
+            x = torch.full((m, 256), value)
+            assert torch.allclose(layer(x), x.sum(-1, keepdim=True).expand(m, 32), rtol=0.2), value
+        x = torch.ones(m, 256)
+        x[-1, 77] = torch.nan
+        y = layer(x)
+        assert y[-1].isnan().all() and y[:-1].isfinite().all()
 
 
 def test_leading_dimensions_strides_and_empties(level):
@@ -155,6 +188,9 @@ ATTENTION = [  # B, H, Hkv, T, S, D, start
     (1, 9, 3, 1, 700, 64, [650]), (2, 4, 4, 1, 64, 80, [0, 63]), (1, 8, 1, 5, 200, 128, [33]),
     (3, 6, 2, 16, 90, 17, [0, 70, 1]), (1, 2, 1, 100, 130, 32, [0]),
     (2, 4, 2, 70, 300, 64, [0, 200]),
+    # 1, 2 and 4 heads on one of the cache, as in Llama 2 and 3; a few new tokens, and some more
+    (2, 2, 2, 1, 200, 128, [0, 150]), (1, 4, 2, 1, 200, 64, [130]), (1, 8, 2, 1, 300, 64, [200]),
+    (1, 2, 1, 3, 150, 64, [62]), (1, 4, 2, 4, 150, 64, [62]),
 ]  # fmt: skip
 
 

@@ -97,7 +97,7 @@ INLINE void soften(const Attention& a, int64_t r, int64_t seen, const float* ks,
       store(a.out + r * padded(a.d) + i, load<vf>(a.out + r * padded(a.d) + i) * shrink);
 }
 
-constexpr int kFewRows = 8;  // up to here the cache goes through the registers, not the scratch
+constexpr int kFewQueries = 8;  // up to here the cache goes through the registers, not the scratch
 
 // 2 kLanes numbers of the cache at p. bf16 widens at one operation per vector, "paired" as in
 // float.cpp: into the even numbers and the odd ones. Others: into the first half and the second.
@@ -220,7 +220,7 @@ static void few_rows(const Attention& a, const float* q, int64_t s0, int64_t slo
 template <Kind kind>
 static void attend_as(const Attention& a, int64_t begin, int64_t end) {
   const int64_t width = padded(a.d), heads = a.rows / a.tokens;
-  const bool few = a.rows <= kFewRows && a.d % (4 * kLanes) == 0;
+  const bool few = a.rows <= kFewQueries && a.d % (4 * kLanes) == 0;
   float *keys = a.scratch, *values = keys + kBlock * a.d, *scores = values + kBlock * width;
   const float* paired = a.q;
   if (few && kind == Kind::bf16) {

@@ -80,8 +80,8 @@ void multiply_scale(const void* x, const void* scale, Type type, int64_t n, void
 
 float quantize_slot(const void* x, Type type, int64_t d, Type scale_type, int8_t* codes) {
   float most = 0;
-  for (int64_t i = 0; i < d; i++) most = max(most, __builtin_fabsf(load_one(x, type, i)));
-  const float scale = rounded(max(most / 127, 1e-5f), scale_type);
+  for (int64_t i = 0; i < d; i++) most = larger(most, __builtin_fabsf(load_one(x, type, i)));
+  const float scale = rounded(at_least(most / 127, 1e-5f), scale_type);
   for (int64_t i = 0; i < d; i++) {
     float q = max(-127.0f, -max(-127.0f, -load_one(x, type, i) / scale));
     codes[i] = int8_t(round_to_int(splat(q))[0]);

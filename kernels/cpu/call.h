@@ -22,7 +22,6 @@ void read_coded(Linear& a, const void* x, bool sums, int64_t activations, float*
 
 namespace {
 
-constexpr int64_t kFewRows = 16;      // up to here the float paths stream the weight themselves
 constexpr int64_t kPanelRows = 480;   // rows of x, of many, that go through the panels at a time
 constexpr int64_t kBytesPerThread = 32768;  // less than this is not worth waking a thread for
 
@@ -55,6 +54,8 @@ inline void read_wide(Linear& a, const void* x, bool paired, float* wide, float*
     }
   a.group_sum = sums;
 }
+
+constexpr int64_t kMostExact = 65536;  // columns whose products of int8 numbers 32 bits can sum
 
 // The part of a call that all formats share. Holds x and the bias while the kernels read them.
 struct Call {

@@ -8,8 +8,7 @@
 
 namespace CPU_LEVEL {
 
-constexpr int kBlock = 32;     // columns that are widened at a time
-constexpr int kMaxRows = 16;   // rows of x that coded_tiles takes
+constexpr int kBlock = 32;  // columns that are widened at a time
 
 template <int I, int End, class F>
 INLINE void unrolled(const F& f) {
@@ -344,9 +343,9 @@ INLINE void accumulate(const float* w, const float* x, int64_t stride, float* su
 void coded_tiles(const Coded& c, int64_t tile0, int64_t tile1) {
   const Linear& a = c.a;
   const Decoder f = choose(c);
-  alignas(64) float block[kBlock * 16], dots[kMaxRows * 16];
+  alignas(64) float block[kBlock * 16], dots[kFewRows * 16];
   for (int64_t t = tile0; t < tile1; t++) {
-    vf sums[kMaxRows][kParts] = {};
+    vf sums[kFewRows][kParts] = {};
     const Tile tile(c, t);
     for (int64_t g = 0; g < a.groups; g++) {
       const int64_t end = min((g + 1) * a.group, a.kpad);
@@ -402,18 +401,19 @@ void coded_widen(const Coded& c, int64_t tile0, int64_t tile1, int64_t stride, f
 // low <= 0 <= high, z = -128 - round(low / s); what is left in x is clamp(round(x / s) + z) - z.
 void round_rows(float* x, int64_t m, int64_t k, int64_t kpad, int mode, float* scales) {
   for (int64_t r = 0; r < m; r++, x += kpad) {
-    vf low{}, high{};
+    vf low{}, high{}, doubt{};  // doubt: 0, or NaN where any number is NaN or infinite
     for (int64_t i = 0; i < kpad; i += kLanes) {
       vf v = load<vf>(x + i);
       low = v < low ? v : low;
       high = max(high, v);
+      doubt += v - v;
     }
-    const float least = -max_of(-low), most = max_of(high);
+    const float least = -max_of(-low), most = max_of(high) + sum(doubt);
     float scale, bottom = -127, top = 127;
     if (mode == 1) {
-      scale = max(max(-least, most) / 127, 1e-5f);
+      scale = at_least(larger(-least, most) / 127, 1e-5f);
     } else {
-      scale = max((most - least) / 255, 1.1920929e-7f);
+      scale = at_least((most - least) / 255, 1.1920929e-7f);
       // of vectors, so that it rounds as they do
       const float zero = to_float(round_to_int(splat(least) / splat(scale)))[0];
       bottom = max(zero, -255.0f);

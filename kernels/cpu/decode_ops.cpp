@@ -268,7 +268,7 @@ Tensor plan_decode(at::TensorList norms, double eps, const Tensor& cos, const Te
   plan->F = ffn;
   plan->dtype = norms[0].scalar_type();
   plan->eps = float(eps);
-  TORCH_CHECK_VALUE(Hkv >= 1 && heads % Hkv == 0 && D % 2 == 0 && D <= 1024,
+  TORCH_CHECK_VALUE(Hkv >= 1 && heads % Hkv == 0 && D >= 2 && D % 2 == 0 && D <= 1024,
                     "no attention of ", heads, " heads of ", D, " on ", Hkv);
   for (const Tensor& norm : norms) check_vector(norm, C, plan->dtype, "a norm's weight");
   for (const Tensor* t : {&cos, &sin}) check_vector(*t, plan->S * D / 2, at::kFloat, "cos or sin");

@@ -7,13 +7,14 @@
 
 namespace CPU_LEVEL {
 
+// The largest magnitude, compared as bits: a NaN counts as the largest.
 INLINE float amax(const float* p, int64_t len) {
-  vf top{};
+  vi top{};
   for (int64_t i = 0; i < len; i += kLanes) {
-    vf v = load<vf>(p + i);
-    top = max(top, max(v, -v));
+    const vi v = load<vi>(p + i) & 0x7fffffff;
+    top = v > top ? v : top;
   }
-  return max_of(top);
+  return ((vf)splat(max_of(top)))[0];
 }
 
 // len numbers at p to codes; returns the codes' sum. len is rounded up to whole vectors.
@@ -44,9 +45,9 @@ void quantize_rows(const void* x, const Linear& a, const Quantized& out, int64_t
       float top = 0;
       for (int64_t k = 0; k < a.kpad; k += kChunk) {
         widen(k, min(kChunk, a.kpad - k));
-        top = max(top, amax(values, min(kChunk, a.kpad - k)));
+        top = larger(top, amax(values, min(kChunk, a.kpad - k)));
       }
-      const float scale = max(top / 127, 1e-5f);
+      const float scale = at_least(top / 127, 1e-5f);  // a NaN's makes all of the row's results NaN
       int32_t total = 0;
       for (int64_t k = 0; k < a.kpad; k += kChunk) {
         const int64_t len = min(kChunk, a.kpad - k);

@@ -1,15 +1,17 @@
-// What ops.cpp and the kernels of one level (portable, AVX2, AVX-512) know of each other.
+// What the operators (*_ops.cpp) and the kernels of one level (portable, AVX2, AVX-512) know of each other.
 #pragma once
 #include <stdint.h>
 
 enum class Type : int { fp32, bf16, fp16 };
+
+constexpr int64_t kFewRows = 16;  // of x: up to here the products stream the weight themselves
 
 // One product y [m, n] = x [m, k] W^T, in the forms that a kernel may need.
 // Rows of x are padded with zeros to kpad. Quantized x comes in blocks of `block` columns.
 struct Linear {
   const void* w;           // rows (float) or tiles (int8, int4)
   const float* x;          // [m, kpad] fp32
-  const float* group_sum;  // [groups, m] sum of x over each group of w (int4)
+  const float* group_sum;  // sum of x over each group of w: int4 [groups, m], coded [m, groups]
   const int8_t* xq;        // [m, kpad] codes of x
   const float* xs;         // [blocks, m] their scales
   const int32_t* offset;   // [blocks, m] minus the zero code of w times the sum of the codes of x
@@ -51,7 +53,7 @@ constexpr int64_t attention_scratch(int64_t d) {
 // A product with an n-bit weight: w = (value of the code - zero) * scale; see coded.cpp.
 // Of `a`, x (padded to 32 columns), group_sum and, if x is quantized, xs [m] are used. Where a row
 // has one scale, in fp32, it is in a.scales too: the sums are multiplied by it at the end, so that
-// sums of integers (w4a8) are exact.
+// sums of integers (w4a8) are exact up to 2^24.
 struct Coded {
   Linear a;
   const uint32_t* codes;        // [tiles, words, 16]: 32 columns are `bits` words

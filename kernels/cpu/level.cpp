@@ -5,9 +5,26 @@ namespace CPU_LEVEL {
 #define STRING_(x) #x
 #define STRING(x) STRING_(x)
 extern const Kernels kernels{
-    STRING(CPU_LEVEL), widen_rows, quantize_rows, float_rows, int8_tiles, int8_exact,
-    int4_tiles,        int4_exact, panels,    round_rows, coded_tiles, coded_widen,
-    attend,            merge,      read_sum,  rms_norm,   rotate,      silu_mul,
-    add,               multiply_scale, quantize_slot,
+    .name = STRING(CPU_LEVEL),
+    .widen_rows = widen_rows,
+    .quantize_rows = quantize_rows,
+    .float_rows = float_rows,
+    .int8_tiles = int8_tiles,
+    .int8_exact = int8_exact,
+    .int4_tiles = int4_tiles,
+    .int4_exact = int4_exact,
+    .panels = panels,
+    .round_rows = round_rows,
+    .coded_tiles = coded_tiles,
+    .coded_widen = coded_widen,
+    .attend = attend,
+    .merge = merge,
+    .read_sum = read_sum,
+    .rms_norm = rms_norm,
+    .rotate = rotate,
+    .silu_mul = silu_mul,
+    .add = add,
+    .multiply_scale = multiply_scale,
+    .quantize_slot = quantize_slot,
 };
 }  // namespace CPU_LEVEL

@@ -117,7 +117,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, O
 
 Tensor int8dq_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, OptTensor bias,
                      int64_t n, int64_t k) {
-  TORCH_CHECK_VALUE(k <= 65536, "int8dq sums in 32 bits: K must be at most 65536, not ", k);
+  TORCH_CHECK_VALUE(k <= kMostExact, "int8dq sums in 32 bits: K is at most 65536, not ", k);
   Call call(x, bias, scales, n, k);
   check_tiles(tiles, div_up(n, 16) * int8_tile_bytes(k));
   if (call.empty()) return call.y;

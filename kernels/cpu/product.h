@@ -23,8 +23,14 @@ struct Product {
   Product(const Tensors& tensors, at::IntArrayRef numbers, Type type) {
     TORCH_CHECK_VALUE(tensors.size() >= 3 && numbers.size() >= 3, "not a layer's native form");
     auto get = [&](size_t i) { return i < tensors.size() ? tensors[i] : std::nullopt; };
+    auto has = [&](size_t count, std::initializer_list<size_t> needed) {
+      bool all = numbers.size() >= count;
+      for (size_t i : needed) all = all && get(i);
+      TORCH_CHECK_VALUE(all, "not the native form of a layer of kind ", numbers[0]);
+    };
     Linear& a = c.a;
     kind = Kind(numbers[0]);
+    has(3, {0});
     a.n = numbers[1];
     a.k = numbers[2];
     a.type = type;
@@ -42,6 +48,8 @@ struct Product {
         break;
       case Kind::int8:
       case Kind::int8dq: {
+        has(3, {3});
+        TORCH_CHECK_VALUE(kind == Kind::int8 || a.k <= kMostExact, "int8dq: K is ", a.k);
         Tensor scales = hold(*get(3));
         a.scale_type = type_of(scales);
         a.scales = vector(scales, a.n, a.scale_type, "scales");
@@ -52,14 +60,16 @@ struct Product {
         break;
       }
       case Kind::int4:
+        has(5, {});
         a.group = numbers[3];
         exact = numbers[4];
+        check_tiles(weight, div_up(a.n, 16) * int4_tile_bytes(a.k, a.group));
         a.kpad = div_up(a.k, 8) * 8;
         a.groups = div_up(a.k, a.group);
         for (a.block = std::min<int64_t>(a.group, 64); a.group % a.block; a.block -= 8) {}
-        check_tiles(weight, div_up(a.n, 16) * int4_tile_bytes(a.k, a.group));
         break;
       case Kind::coded:
+        has(7, {3, 7});
         for (size_t i = 3; i < tensors.size(); i++)
           if (get(i)) hold(*get(i));
         c = describe_coded(a, weight, *get(3), get(4), get(5), get(6), *get(7), numbers[3],
@@ -139,7 +149,7 @@ struct Product {
  private:
   Tensor hold(const Tensor& t) {
     check_cpu(t, "a layer's tensor");
-    held.push_back(t.contiguous());
+    held.push_back(t.contiguous().detach());  // the memory stays, whatever becomes of the tensor
     return held.back();
   }
   const void* vector(const Tensor& t, int64_t count, Type type, const char* name) {

@@ -1,7 +1,7 @@
 // Vectors of kLanes 32-bit numbers, as wide as this file's compiler flags allow.
 //
 // Every kernel file is compiled once per level (portable, AVX2, AVX-512) with CPU_LEVEL naming
-// the namespace, and ops.cpp picks a level at run time. Nothing from the C++ library or from
+// the namespace, and set_cpu_level picks a level at run time. Nothing from the C++ library or from
 // torch is included here: an inline function compiled for AVX-512 could otherwise be the copy
 // that the linker keeps for every level.
 #pragma once
@@ -50,6 +50,15 @@ INLINE vi splat(int32_t x) { return x - vi{}; }
 INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 INLINE float max(float a, float b) { return a > b ? a : b; }
+// Of magnitudes, whose bits are ordered as they are: a NaN counts as the largest.
+INLINE float larger(float a, float b) {
+  uint32_t x, y;
+  memcpy(&x, &a, 4);
+  memcpy(&y, &b, 4);
+  return x << 1 > y << 1 ? a : b;
+}
+// Not below the smallest scale of activations; a NaN stays one.
+INLINE float at_least(float scale, float least) { return scale < least ? least : scale; }
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Lane i is number from[i] of a and b one after the other.
@@ -131,6 +140,16 @@ INLINE int32_t sum(vi v) {
 #else
   int32_t out = 0;
   for (int i = 0; i < kLanes; i++) out += v[i];
+  return out;
+#endif
+}
+
+INLINE int32_t max_of(vi v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32((__m512i)v);
+#else
+  int32_t out = v[0];
+  for (int i = 1; i < kLanes; i++) out = v[i] > out ? v[i] : out;
   return out;
 #endif
 }

@@ -168,6 +168,8 @@ def triton_attention(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
 ) -> Tensor:
     """Arguments and result as kernels.attention.attention; the caches contiguous."""
+    if not all(t is None or t.is_contiguous() for t in (k, v, k_scale, v_scale)):
+        raise ValueError("the caches and their scales must be contiguous")
     if q.stride(-1) != 1:
         q = q.contiguous()
     out = torch.empty_like(q)

@@ -67,7 +67,7 @@ def float_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] times a bf16, fp16 or fp32 weight [N, K], plus the bias, for few rows."""
     none = (None,) * 6
     y = torch.ops.flatllama.triton_linear(
-        x.flatten(0, -2), weight, *none, None, bias, *weight.shape, "plain", 8, 0, "none", 0,
-        False, x.dtype,
+        x.flatten(0, -2), weight.contiguous(), *none, None, bias, *weight.shape, "plain", 8, 0,
+        "none", 0, False, x.dtype,
     )  # fmt: skip
     return y.view(*x.shape[:-1], weight.shape[0])
