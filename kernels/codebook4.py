@@ -72,20 +72,23 @@ class CodebookGrid(Grid):
         self.codebook: Tensor | None = None
 
     def learn(self, pieces: Iterable[Tensor]) -> None:
-        """The 16 values, from a sample of all the groups."""
-        values, weights = [], []
+        """The 16 values, from a seeded sample of all weights."""
+        generator, values, weights = torch.Generator().manual_seed(0), [], []
+
+        def some(count: int) -> Tensor:
+            return torch.randperm(count, generator=generator)[:SAMPLE].to(piece.device)
+
         for piece in pieces:
             w = piece.float()
             scales = affine.block_expand(
                 group_scales(w, self.groupsize), (1, self.groupsize), w.shape
             )
-            # every stride-th weight; an odd stride meets all columns
-            stride = max(1, w.numel() // SAMPLE) | 1
-            values.append((w / scales).flatten()[::stride])
-            weights.append(scales.square().flatten()[::stride])
+            chosen = some(w.numel())
+            values.append((w / scales).flatten()[chosen])
+            weights.append(scales.square().flatten()[chosen])
         values, weights = torch.cat(values), torch.cat(weights)
-        stride = -(-len(values) // SAMPLE)
-        self.codebook = kmeans_1d(values[::stride], weights[::stride], 16)
+        chosen = some(len(values))
+        self.codebook = kmeans_1d(values[chosen], weights[chosen], 16)
 
     def shared(self) -> Params:
         return {"codebook": self.codebook}

@@ -11,7 +11,7 @@ from kernels import choice
 from kernels.attention import attention, attention_reference
 from kernels.formats import FORMATS
 from kernels.linear import Linear
-from tests.test_formats import quantized, random_weight, seen_by_the_product
+from tests.test_formats import quantized, random_weight
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Columns: part of a chunk of 256; two chunks, so two splits. Rows of the weight: ragged.
@@ -37,7 +37,7 @@ def check(name, k, n, rows, dtype, **settings):
     module.repack()
     assert module.packed is not None and module.weight is None
     x = torch.randn(rows, k).to(dtype) * 2
-    want = seen_by_the_product(name, x) @ weight.t() + bias.double()
+    want = module.rounded_input(x) @ weight.t() + bias.double()
     y = module(x)
     assert y.dtype == dtype and y.shape == (rows, n)
     tolerance = TOLERANCE[dtype]
