@@ -32,7 +32,7 @@ from engine import COMPILE_MODES
 from errors import UserError, check_device, check_outputs, cli, progress, write_json
 from kernels.choice import KERNELS
 from model import CONFIGS
-from modes import ALGORITHMS, AUTOQUANT, FLOAT_MODES, Mode, head_mode, mode_names, parse_mode
+from modes import FLOAT_MODES, Mode, head_mode, mode_names, parse_mode
 from quantize import default_output
 
 HERE = Path(__file__).parent
@@ -307,22 +307,17 @@ def benchmark(entries: list[Entry], args: argparse.Namespace, folder: Path) -> d
     return {"machine": machine, "command": sys.argv, "protocol": protocol, "rows": rows}
 
 
-def needs_checkpoint(mode: Mode) -> bool:
-    """Whether quantize.py alone makes it: from text, or by timing."""
-    return mode.format in AUTOQUANT or ALGORITHMS[mode.algorithm].calibrated
-
-
 def make_entries(args: argparse.Namespace, folder: Path) -> list[Entry]:
     """The rows that the command line asks for, with their checkpoints made."""
     names = args.modes.split(",") if args.modes else mode_names()
     modes = read_modes([name.strip() for name in names if name.strip()], args.groupsize)
     if args.random_weights and not args.modes:
-        modes = [mode for mode in modes if not needs_checkpoint(mode)]
+        modes = [mode for mode in modes if not mode.needs_checkpoint]
     files = [entry_of_file(mode) for mode in modes if isinstance(mode, Path)]
     if args.random_weights:
         if files:
             raise UserError("--random_weights has no checkpoint files: leave them out of --modes")
-        if unfit := [str(mode) for mode in modes if needs_checkpoint(mode)]:
+        if unfit := [str(mode) for mode in modes if mode.needs_checkpoint]:
             raise UserError(f"random weights cannot be calibrated: leave out {', '.join(unfit)}")
         return [random_entry(mode, args.random_weights) for mode in modes]
     source = open_checkpoint(args.checkpoint_path)

@@ -23,7 +23,7 @@ from kernels import native
 from kernels.choice import KERNELS
 from measure import device_name, peak_memory, read_bandwidth, spread, step_bytes, weight_bytes
 from model import CONFIGS, Transformer
-from modes import ALGORITHMS, AUTOQUANT, FLOAT_MODES, head_mode, parse_mode
+from modes import FLOAT_MODES, head_mode, parse_mode
 from package import Package
 from prompts import encode_prompt, open_tokenizer, read_prompts
 from quantize import quantize_
@@ -76,7 +76,7 @@ def load(args: argparse.Namespace, random_name: str | None = None):
         if dtype not in (None, FLOAT_MODES[mode.format]):
             raise UserError(f"--quantization {mode} and --precision {args.precision}: take one")
         dtype, mode = FLOAT_MODES[mode.format], None
-    if mode and (mode.format in AUTOQUANT or ALGORITHMS[mode.algorithm].calibrated):
+    if mode and mode.needs_checkpoint:
         raise UserError(
             f"{mode} is calibrated, or timed: write a checkpoint with quantize.py first"
         )
@@ -252,7 +252,7 @@ def make_engine(model: Transformer, length: int, batch: int, args: argparse.Name
         raise UserError("--prompt_lookup needs no draft: leave --draft_checkpoint_path out")
     draft = None
     if draft_path is not None:
-        flags = {"checkpoint_path": draft_path, "quantization": None}
+        flags = {"checkpoint_path": draft_path, "quantization": None, "groupsize": None}
         draft = load(argparse.Namespace(**{**vars(args), **flags}))[0]
     k = (LOOKUP_K if lookup else DRAFT_K) if k is None else k
     # All ranks must agree when to stop speculating: each measures times of its own.

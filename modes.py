@@ -89,6 +89,11 @@ class Mode:
         return self.format + (f"-{self.algorithm}" if self.algorithm else "")
 
     @property
+    def needs_checkpoint(self) -> bool:
+        """Whether only quantize.py makes it: from text, or by timing."""
+        return self.format in AUTOQUANT or ALGORITHMS[self.algorithm].calibrated
+
+    @property
     def arguments(self) -> dict:
         """Of the format's constructor."""
         return {} if self.groupsize is None else {"groupsize": self.groupsize}

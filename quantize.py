@@ -232,7 +232,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--mode", default="int8", help="<format>[-<algorithm>]; --list shows them")
     add("--groupsize", type=int, help="columns that share a scale; default: the format's")
-    add("--lm_head", choices=["same", "int8", "keep"], help="format of the LM head; default: int8")
+    add("--lm_head", choices=["same", "int8", "keep"],
+        help="format of the LM head; default: int8, or what autoquant chooses")  # fmt: skip
     add("--checkpoint_path", type=Path, help="a Hugging Face directory; default: the default model")
     add("--output", type=Path, help="file to write; default: model_<mode>... beside the source")
     add("--device", default="cpu")

@@ -7,7 +7,7 @@ from checkpoint import repack
 from errors import UserError
 from kernels.formats import FORMATS
 from model import ModelConfig, RMSNorm, Transformer
-from modes import ALGORITHMS, AUTOQUANT, Mode, head_mode, quantize_linear
+from modes import Mode, head_mode, quantize_linear
 
 
 def random_model(
@@ -15,10 +15,8 @@ def random_model(
 ) -> Transformer:
     """A model of true shape with random weights, quantized layer by layer, ready to run."""
     torch.manual_seed(seed)
-    if mode is not None and mode.format in AUTOQUANT:
-        raise UserError(f"{mode} writes checkpoints only: see quantize.py")
-    if mode is not None and mode.algorithm and ALGORITHMS[mode.algorithm].calibrated:
-        raise UserError(f"random weights cannot be calibrated: take {mode.format!r}")
+    if mode is not None and mode.needs_checkpoint:
+        raise UserError(f"random weights cannot be calibrated or timed: {mode} is")
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
     head = None if mode is None else head_mode(mode, None)

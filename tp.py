@@ -31,10 +31,9 @@ from torch import Tensor, nn
 
 import errors
 from checkpoint import Checkpoint, build_model, check_specs, repack, tensor_names
-from errors import UserError
 from kernels.linear import Linear, QuantizedLinear
 from model import ModelConfig, Transformer
-from modes import ALGORITHMS, AUTOQUANT, FLOAT_MODES, Mode, head_mode, quantize_linear
+from modes import Mode, head_mode, quantize_linear
 from quantize import linear_names
 from sharding import Cut, Plan, Source, local_layer, local_tensor, piece, sizes
 
@@ -249,10 +248,6 @@ def load_ranked(
     if checkpoint is not None and mode is None:
         layers = checkpoint.header.get("layers", {})
         return load_sharded(checkpoint, config, layers, checkpoint.dtype, ranks, device, dtype)
-    if mode is not None and (mode.format in AUTOQUANT or ALGORITHMS[mode.algorithm].calibrated):
-        raise UserError(f"{mode} needs calibration: write a checkpoint with quantize.py first")
-    if mode is not None and mode.format in FLOAT_MODES:
-        mode, dtype = None, FLOAT_MODES[mode.format]
     dtype = dtype or (checkpoint.dtype if checkpoint else torch.bfloat16)
     source = checkpoint or RandomSource(config, device, dtype)
     modes = {}
