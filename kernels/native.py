@@ -141,7 +141,7 @@ def build(compiler: str) -> Path:
 def _compile(compiler: str, jobs: list[tuple[list[str], Path]], library: Path) -> None:
     """Compile the objects that are not cached yet, and link. Files appear whole or not at all."""
     todo = [(command, out) for command, out in jobs if not out.exists()]
-    _say(f"building the CPU kernels ({len(todo)} of {len(jobs)} files), once, about a minute ...")
+    _say(f"building the CPU kernels ({len(todo)} of {len(jobs)} files), once, some minutes ...")
     began = time.monotonic()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda job: _run(*job), todo))
