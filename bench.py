@@ -221,7 +221,7 @@ def parse_args() -> argparse.Namespace:
     add("--random_weights", choices=list(CONFIGS), metavar="NAME",
         help=f"true shapes, random weights, no files: {', '.join(CONFIGS)}")  # fmt: skip
     add("--modes", help="comma-separated: modes, mode:groupsize, or files of quantize.py; "
-        "default: every mode there can be")  # fmt: skip
+        "default: every mode that can be made")  # fmt: skip
     add("--groupsize", type=int, help="of the modes that have groups; default: the format's")
     add("--text", type=Path, help="text to measure perplexity on; default: no perplexity")
     add("--seq_length", type=int, default=2048, help="tokens of a perplexity window")

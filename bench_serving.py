@@ -26,7 +26,7 @@ from engine import (
     cache_length,
     compiled_graphs,
     configure_compiler,
-)  # fmt: skip
+)
 from errors import UserError, check_outputs, progress, write_json
 from generate import add_model_arguments, load
 from measure import device_name, peak_memory, reset_peak_memory, spread, step_bytes

@@ -18,6 +18,8 @@ from tokenizer import Tokenizer
 
 BUNDLED = Path(__file__).parent / "data" / "calibration.txt"
 SAMPLE = 512  # inputs of a layer that its statistics keep as they are
+# The linear layers of a block in the order in which they run: each is quantized on the inputs
+# that it gets when those before it are quantized already.
 LAYERS = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
 
 

@@ -20,6 +20,7 @@ from kernels.decode import MOST_ROWS
 from model import Transformer
 
 BUCKETS = (64, 128, 256, 512)  # a prompt runs in chunks of these sizes, padded on the right
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True)
@@ -164,10 +165,6 @@ class Clock:
 def cache_length(tokens: int) -> int:
     """Cache slots for a request of so many tokens in all: a whole number of smallest buckets."""
     return -(-max(tokens, 1) // BUCKETS[0]) * BUCKETS[0]
-
-
-# What torch.compile can be asked for.
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 class Engine:

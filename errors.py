@@ -1,4 +1,4 @@
-"""What the command lines share: a user's mistake is one line and exit code 2; progress lines."""
+"""What the command lines share: a mistake is one line and exit code 2; progress; writing JSON."""
 
 import json
 import math

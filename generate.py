@@ -23,7 +23,7 @@ from kernels import native
 from kernels.choice import KERNELS
 from measure import device_name, peak_memory, read_bandwidth, spread, step_bytes, weight_bytes
 from model import CONFIGS, Transformer
-from modes import FLOAT_MODES, head_mode, parse_mode
+from modes import FLOAT_MODES, Mode, head_mode, parse_mode
 from package import Package
 from prompts import encode_prompt, open_tokenizer, read_prompts
 from quantize import quantize_
@@ -51,14 +51,30 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="CPU: int4 kernels do not round activations to int8 blocks")  # fmt: skip
 
 
+def asked_for(args: argparse.Namespace) -> tuple[torch.dtype | None, Mode | None]:
+    """The dtype and the quantization on load of the shared flags; None: as the checkpoint is."""
+    dtype = PRECISIONS.get(args.precision)
+    if not args.quantization:
+        if args.groupsize is not None:
+            raise UserError("--groupsize is of --quantization: a checkpoint has its own")
+        return dtype, None
+    mode = parse_mode(args.quantization, args.groupsize)
+    if mode.needs_checkpoint:
+        raise UserError(f"{mode} is calibrated or timed: write a checkpoint with quantize.py first")
+    if mode.format not in FLOAT_MODES:
+        return dtype, mode
+    if dtype not in (None, FLOAT_MODES[mode.format]):
+        raise UserError(f"--quantization {mode} and --precision {args.precision}: take one")
+    return FLOAT_MODES[mode.format], None
+
+
 def load(args: argparse.Namespace, random_name: str | None = None):
     """The model that the shared flags ask for -> (Transformer, mode name, directory or None).
 
     Of the processes of torchrun each gets its share (tp.py).
     """
     check_device(args.device)
-    if args.groupsize is not None and not args.quantization:
-        raise UserError("--groupsize is of --quantization: a checkpoint has its own")
+    dtype, mode = asked_for(args)
     if random_name is not None and args.checkpoint_path:
         raise UserError("--random_weights needs no --checkpoint_path: take one of them")
     choose_kernels(args.kernels, args.device)
@@ -70,16 +86,6 @@ def load(args: argparse.Namespace, random_name: str | None = None):
     if args.device == "cpu" and args.kernels == "auto":
         native.load()
         native.exact_activations(args.exact_activations or None)
-    dtype = PRECISIONS.get(args.precision)
-    mode = parse_mode(args.quantization, args.groupsize) if args.quantization else None
-    if mode and mode.format in FLOAT_MODES:  # a dtype, not a format
-        if dtype not in (None, FLOAT_MODES[mode.format]):
-            raise UserError(f"--quantization {mode} and --precision {args.precision}: take one")
-        dtype, mode = FLOAT_MODES[mode.format], None
-    if mode and mode.needs_checkpoint:
-        raise UserError(
-            f"{mode} is calibrated, or timed: write a checkpoint with quantize.py first"
-        )
     names = {dtype: name for name, dtype in FLOAT_MODES.items()}
     if random_name is not None:
         dtype, config = dtype or torch.bfloat16, CONFIGS[random_name]

@@ -36,9 +36,6 @@ from modes import (
 )
 from tokenizer import load_tokenizer
 
-# The linear layers of a block in the order in which they run: each is quantized on the inputs
-# that it gets when those before it are quantized already.
-
 
 def quantize_(
     model: nn.Module,

@@ -19,7 +19,7 @@ from autoquant import (
     read_or_make_plan,
     record,
     time_candidates,
-)  # fmt: skip
+)
 from checkpoint import load_model, open_checkpoint
 from errors import UserError
 from kernels.linear import Linear, QuantizedLinear

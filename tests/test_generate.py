@@ -10,6 +10,7 @@ from tiny import save_tiny
 from tiny_text import save_tiny_with_tokenizer
 
 import generate
+from engine import Result
 from errors import cli
 
 KEYS = {
@@ -127,6 +128,28 @@ def test_mistakes_get_one_line_and_exit_code_2(run, tiny, args, message):
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("error: ") and message in last, err
     assert "Traceback" not in err
+
+
+def test_rows_that_have_ended_make_no_tokens():
+    """Row 0 said three tokens and then EOS, row 1 one; the fourth step was made in vain."""
+    result = Result([[5, 6, 7], [5]], 2, 0.1, [0.1] * 4)
+    assert generate.live_rows(result) == [2, 1, 1, 0]
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_a_float_mode_is_the_dtype(run, tiny, tmp_path, monkeypatch, name):
+    out, load, dtypes = tmp_path / "out.json", generate.load, []
+
+    def spied(*args):
+        model, *rest = load(*args)
+        dtypes.append(model.layers[0].attention.wo.weight.dtype)
+        return model, *rest
+
+    monkeypatch.setattr(generate, "load", spied)
+    flags = ["--checkpoint_path", tiny, "--precision", name, "--quantization", name]
+    assert run(*flags, "--prompt", "5", "--max_new_tokens", 3, "--json", out)[0] == 0
+    assert json.loads(out.read_text())["mode"] == name
+    assert dtypes == [generate.PRECISIONS[name]]
 
 
 def test_vocabulary_that_does_not_match(run, tiny, default_model):

@@ -126,8 +126,8 @@ def test_extreme_inputs(level, m):
         x = torch.full((m, k), value)
         want = x.double() @ q.double().T
         close(ops.int8_linear(x, tiles, ones, None, n, k), want, x.dtype)
-        floor = 1 if value in (0.0, 1e-30) else None  # below the smallest scale x is rounded to 0
-        close(ops.int8dq_linear(x, tiles, ones, None, n, k), want * (0 if floor else 1), x.dtype)
+        kept = abs(value) > 1e-5  # the smallest scale: far below it x is rounded to 0
+        close(ops.int8dq_linear(x, tiles, ones, None, n, k), want * kept, x.dtype)
 
 
 def rounding_layers(n, k):
@@ -153,7 +153,7 @@ def test_rounded_activations_of_any_size(level, m):
     for layer in rounding_layers(32, 256):
         for value in (0.0, 1.0, -1.0, 1e30, -1e30):
             x = torch.full((m, 256), value)
-            assert torch.allclose(layer(x), x.sum(-1, keepdim=True).expand(m, 32), rtol=0.2), value
+            assert torch.allclose(layer(x), x.sum(-1, keepdim=True).expand(m, 32), rtol=0.1), value
         x = torch.ones(m, 256)
         x[-1, 77] = torch.nan
         y = layer(x)

@@ -51,6 +51,15 @@ def test_weight_bytes_are_those_of_a_checkpoint(name):
     assert weight_bytes(config, name)[0] == sum(t.numel() * t.element_size() for t in tensors)
 
 
+def test_a_tied_head_that_gathers_its_logits_is_read():
+    """tp.py wraps the head; the table that it shares with the embedding is read all the same."""
+    model = random_model(CONFIGS["smollm2-135m"], None, "cpu", torch.bfloat16)
+    engine = Engine(model, Sampling(0), length=64)
+    read, wrapper = step_bytes(engine, 0), torch.nn.Module()
+    wrapper.linear, model.output = model.output, wrapper
+    assert step_bytes(engine, 0) == read > 2 * 134e6
+
+
 def test_quantized_bytes_by_hand():
     layers = 32 * (4096 * 6144 + 4096 * 4096 + 4096 * 28672 + 14336 * 4096)
     head, norms = 128256 * 4096, (2 * 32 + 1) * 4096 * 2
