@@ -3,11 +3,11 @@
 `load()` compiles `cpu/*.cpp` with the system's C++ compiler into torch's extension cache
 (`TORCH_EXTENSIONS_DIR`, else `~/.cache/torch_extensions`), each file under a hash of the sources,
 the flags and the versions, so that an edit rebuilds only what it touches. Kernels are compiled once
-per level (portable, AVX2, AVX-512 with VNNI); the level that this CPU has is chosen at load.
-Importing this file does nothing.
+per level (portable, AVX2, AVX-512 with VNNI, and that with BF16); the level that this CPU has is
+chosen at load. Importing this file does nothing.
 
-Environment: `CXX` names the compiler; `FLATLLAMA_CPU=portable|avx2|avx512` forces a level;
-`FLATLLAMA_EXACT=1` keeps activations unrounded in the int4 products.
+Environment: `CXX` names the compiler; `FLATLLAMA_CPU=portable|avx2|avx512|avx512bf16` forces
+a level; `FLATLLAMA_EXACT=1` keeps activations unrounded in the int4 products.
 """
 
 import fcntl
@@ -32,6 +32,8 @@ LEVELS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     LEVELS["avx512"] = [*LEVELS["avx2"], *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni"))]
+    LEVELS["avx512bf16"] = [*LEVELS["avx512"], "-mavx512bf16"]
+BF16_FILES = ("float", "level")  # those of avx512bf16: what it lacks is that of avx512
 FLAGS = ["-std=c++20", "-fPIC", "-fopenmp", "-w"]
 
 _loaded: bool | None = None  # None: not tried yet
@@ -111,7 +113,11 @@ def _jobs(compiler: str, folder: Path) -> list[tuple[list[str], Path]]:
     torch_flags = ["-O2", f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"]
     jobs = []
     for source in sorted(SOURCES.glob("*.cpp"), reverse=True):
-        variants = [["-O3", *flags, f"-DCPU_LEVEL={level}"] for level, flags in LEVELS.items()]
+        variants = [
+            ["-O3", *flags, f"-DCPU_LEVEL={level}"]
+            for level, flags in LEVELS.items()
+            if level != "avx512bf16" or source.stem in BF16_FILES
+        ]
         for flags in [torch_flags] if source.stem.endswith("_ops") else variants:
             command = [compiler, *FLAGS, *flags, "-c", source.name]
             key = f"{command} {version.stdout} {torch.__version__}".encode()
@@ -159,9 +165,12 @@ def _run(command: list[str], out: Path) -> None:
     os.replace(partial, out)
 
 
-def set_cpu_level(level: str) -> str:
-    """Run the kernels of `level` (best, avx512, avx2, portable); returns the level's name."""
-    return torch.ops.flatllama.set_cpu_level(level)
+def set_cpu_level(level: str, emulated: bool = False) -> str:
+    """Run the kernels of `level` (best, avx512bf16, avx512, avx2, portable); returns its name.
+
+    A level that this CPU lacks is a ValueError, unless its instructions are `emulated`.
+    """
+    return torch.ops.flatllama.set_cpu_level(level, emulated)
 
 
 def read_bandwidth(size: int = 256 << 20, threads: int | None = None) -> float:

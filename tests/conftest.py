@@ -1,5 +1,6 @@
 """What several test files need: the default model, files out of PyPI packages, a mixed text."""
 
+import ctypes
 import random
 import subprocess
 import sys
@@ -57,6 +58,26 @@ def level(request, library):
         yield native.set_cpu_level(request.param)
     except (ValueError, RuntimeError):
         pytest.skip(f"this CPU has no {request.param}")
+    native.set_cpu_level("best")
+
+
+@pytest.fixture
+def bf16_level(library, tmp_path):
+    """The level with AVX-512 BF16, its one instruction emulated where only AVX-512 is there."""
+    try:
+        native.set_cpu_level("avx512")
+    except (ValueError, RuntimeError):
+        pytest.skip("this CPU has no avx512")
+    try:
+        yield native.set_cpu_level("avx512bf16")
+    except (ValueError, RuntimeError):
+        source, built = ROOT / "tests" / "emulate_bf16.cpp", tmp_path / "emulate_bf16.so"
+        flags = ["-std=c++20", "-O2", "-shared", "-fPIC"]
+        subprocess.run([native.find_compiler(), *flags, source, "-o", built], check=True)
+        emulator = ctypes.CDLL(built)
+        assert emulator.install()
+        yield native.set_cpu_level("avx512bf16", emulated=True)
+        emulator.uninstall()
     native.set_cpu_level("best")
 
 

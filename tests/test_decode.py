@@ -72,6 +72,11 @@ def test_levels_and_odd_shapes(mode, level):
     compare(make_model(ODD, mode, torch.float32), 2e-5 if mode is None else 5e-3)
 
 
+@pytest.mark.parametrize("mode", [None, "int8"])
+def test_bf16_instructions(mode, bf16_level):
+    compare(make_model(ODD, mode, torch.bfloat16), 0.03)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", [None, "int8", "int4"])
 def test_half_precision(mode, dtype):

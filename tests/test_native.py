@@ -48,6 +48,14 @@ def test_float_linear(level, m, dtype):
         close(ops.float_linear(x, w, bias), want + bias.double(), dtype)
 
 
+@pytest.mark.parametrize("m", [1, 2, 7, 16, 17])
+def test_float_linear_with_bf16_instructions(bf16_level, m):
+    for n, k in SHAPES:
+        x, bias, generator = make(m, n, k, torch.bfloat16)
+        w = torch.randn(n, k, generator=generator).bfloat16()
+        close(ops.float_linear(x, w, bias), x.double() @ w.double().T + bias.double(), x.dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", ROWS)
 def test_int8_linear(level, m, dtype):
@@ -249,6 +257,7 @@ def test_bad_arguments_are_refused():
         lambda: ops.attention(*[torch.randn(1, 1, 4, 8)] * 3, torch.tensor([1])),
         lambda: ops.attention(*[torch.randn(1, 1, 4, 8)] * 3, torch.tensor([-1])),
         lambda: native.set_cpu_level("sse9"),
+        lambda: native.set_cpu_level("sse9", emulated=True),
     ):
         with pytest.raises((ValueError, TypeError, RuntimeError, IndexError)):
             call()

@@ -14,12 +14,14 @@ namespace portable { extern const Kernels kernels; }
 #if defined(__x86_64__)
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+namespace avx512bf16 { extern const Kernels kernels; }
 #endif
 
 namespace {
 
 bool runs_here(const std::string& level) {
 #if defined(__x86_64__)
+  if (level == "avx512bf16") return runs_here("avx512") && __builtin_cpu_supports("avx512bf16");
   if (level == "avx512")
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -31,25 +33,27 @@ bool runs_here(const std::string& level) {
   return level == "portable";
 }
 
-const Kernels* find_level(const std::string& level) {
+const Kernels* find_level(const std::string& level, bool emulated) {
   if (level == "best") {
-    for (const char* name : {"avx512", "avx2"})
-      if (runs_here(name)) return find_level(name);
+    for (const char* name : {"avx512bf16", "avx512", "avx2"})
+      if (runs_here(name)) return find_level(name, false);
     return &portable::kernels;
   }
-  TORCH_CHECK_VALUE(runs_here(level), "CPU level '", level, "' is unknown or this CPU lacks it: best, "
-                    "avx512, avx2 or portable");
+  const Kernels* found = level == "portable" ? &portable::kernels : nullptr;
 #if defined(__x86_64__)
-  if (level == "avx512") return &avx512::kernels;
-  if (level == "avx2") return &avx2::kernels;
+  if (level == "avx512bf16") found = &avx512bf16::kernels;
+  if (level == "avx512") found = &avx512::kernels;
+  if (level == "avx2") found = &avx2::kernels;
 #endif
-  return &portable::kernels;
+  TORCH_CHECK_VALUE(found && (emulated || runs_here(level)), "CPU level '", level,
+                    "' is unknown or this CPU lacks it: best, avx512bf16, avx512, avx2 or portable");
+  return found;
 }
 
 const Kernels* current = nullptr;
 
-std::string set_cpu_level(std::string level) {
-  current = find_level(level);
+std::string set_cpu_level(std::string level, bool emulated) {
+  current = find_level(level, emulated);
   return current->name;
 }
 
@@ -152,7 +156,7 @@ double read_bandwidth(int64_t bytes, std::optional<int64_t> threads) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(flatllama, m) {
-  m.def("set_cpu_level(str level) -> str", set_cpu_level);
+  m.def("set_cpu_level(str level, bool emulated=False) -> str", set_cpu_level);
   m.def("read_bandwidth(int bytes, int? threads=None) -> float", read_bandwidth);
   m.def("attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor start, Tensor? k_scale=None, "
         "Tensor? v_scale=None, float? softmax_scale=None) -> Tensor");

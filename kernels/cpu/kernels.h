@@ -1,4 +1,5 @@
-// What the operators (*_ops.cpp) and the kernels of one level (portable, AVX2, AVX-512) know of each other.
+// What the operators (*_ops.cpp) and the kernels of one level (portable, AVX2, AVX-512, AVX-512 BF16)
+// know of each other.
 #pragma once
 #include <stdint.h>
 
@@ -10,7 +11,7 @@ constexpr int64_t kFewRows = 16;  // of x: up to here the products stream the we
 // Rows of x are padded with zeros to kpad. Quantized x comes in blocks of `block` columns.
 struct Linear {
   const void* w;           // rows (float) or tiles (int8, int4)
-  const float* x;          // [m, kpad] fp32
+  const float* x;          // [m, kpad] fp32, or as widen_rows leaves it for float_rows
   const float* group_sum;  // sum of x over each group of w: int4 [groups, m], coded [m, groups]
   const int8_t* xq;        // [m, kpad] codes of x
   const float* xs;         // [blocks, m] their scales

@@ -1,9 +1,24 @@
 // The table of one level's kernels.
 #include "level.h"
 
-namespace CPU_LEVEL {
 #define STRING_(x) #x
 #define STRING(x) STRING_(x)
+
+#if defined(__AVX512BF16__)  // the products of bf16 weights; the rest is that of the level below
+namespace avx512 { extern const Kernels kernels; }
+
+namespace CPU_LEVEL {
+static Kernels with_products() {
+  Kernels all = avx512::kernels;
+  all.name = STRING(CPU_LEVEL);
+  all.widen_rows = widen_rows;
+  all.float_rows = float_rows;
+  return all;
+}
+extern const Kernels kernels = with_products();
+}  // namespace CPU_LEVEL
+#else
+namespace CPU_LEVEL {
 extern const Kernels kernels{
     .name = STRING(CPU_LEVEL),
     .widen_rows = widen_rows,
@@ -28,3 +43,4 @@ extern const Kernels kernels{
     .quantize_slot = quantize_slot,
 };
 }  // namespace CPU_LEVEL
+#endif

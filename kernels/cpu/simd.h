@@ -1,7 +1,8 @@
 // Vectors of kLanes 32-bit numbers, as wide as this file's compiler flags allow.
 //
-// Every kernel file is compiled once per level (portable, AVX2, AVX-512) with CPU_LEVEL naming
-// the namespace, and set_cpu_level picks a level at run time. Nothing from the C++ library or from
+// Every kernel file is compiled once per level (portable, AVX2, AVX-512; those of bf16 products
+// with AVX-512 BF16 too) with CPU_LEVEL naming the namespace, and set_cpu_level picks a level at run
+// time. Nothing from the C++ library or from
 // torch is included here: an inline function compiled for AVX-512 could otherwise be the copy
 // that the linker keeps for every level.
 #pragma once
@@ -77,6 +78,15 @@ INLINE vf pick(vf a, vf b, vi from) {
 // The two bf16 numbers of each 32-bit lane: even (low half) and odd (high half).
 INLINE vf bf16_even(vu v) { return (vf)(v << 16); }
 INLINE vf bf16_odd(vu v) { return (vf)(v & 0xffff0000u); }
+// acc += the odd, then the even product of the bf16 numbers of each 32-bit lane.
+INLINE vf dot2(vf acc, vu w, vu x) {
+#if defined(__AVX512BF16__)
+  return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
+#else
+  acc += bf16_odd(w) * bf16_odd(x);
+  return acc + bf16_even(w) * bf16_even(x);
+#endif
+}
 // kLanes 16-bit or signed 8-bit integers widened, and back. (Compilers split the generic form.)
 INLINE vu widen16(const void* p) {
 #if defined(__AVX512F__)
