@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SYMMETRIC, ASYMMETRIC = 1, 2  # how the C++ product quantizes x; 0: not at all
+# How the C++ product quantizes x; 0: not at all.
+SYMMETRIC, ASYMMETRIC, FLOAT8_TOKEN, FLOAT8_TENSOR = 1, 2, 3, 4
 
 
 def int8_symmetric(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ class CodedLinear(QuantizedLinear):
     bits: int
     has_zeros = False
     exponent_bits = 0  # of codes that are small floats: sign, exponent, mantissa
-    activations = 0  # quantized by the product: SYMMETRIC, ASYMMETRIC, or not
+    activations = 0  # quantized by the product: one of activations.py's ways, or not
     groupsizes = (32, 64, 128, 256)
 
     def __init__(

@@ -15,9 +15,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from kernels.activations import float8
+from kernels.activations import FLOAT8_TENSOR, FLOAT8_TOKEN, float8
 from kernels.fpx import FloatGrid, FloatLinear
-from kernels.linear import MATVEC_ROWS, NativeForm, Params
+from kernels.linear import MATVEC_ROWS, Params
 
 MAX_CODE = 0x7E  # 448; 0x7f is NaN
 
@@ -78,6 +78,7 @@ class Float8DynamicRowLinear(Float8Linear):
 
     name = "float8dq-row"
     per_token = True
+    activations = FLOAT8_TOKEN
 
     def __init__(self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None):
         super().__init__(in_features, out_features, bias, dtype, device)
@@ -107,17 +108,13 @@ class Float8DynamicRowLinear(Float8Linear):
             return self.scaled_mm(*self.quantize_input(x), x.dtype)
         return super().triton_multiply(x)
 
-    def native_form(self) -> NativeForm | None:
-        return None  # its inputs are rounded to e4m3, in Python
-
     def multiply(self, x: Tensor) -> Tensor:
+        if self.tiles is not None:
+            return self.product(x, self.bias)
         q, scale = self.quantize_input(x)
         if self.has_scaled_mm():
             return self.scaled_mm(q, scale, x.dtype)
-        if self.tiles is None:
-            return self.quantized_reference(q, scale, x.dtype)
-        y = self.product(q.float(), None) * scale
-        return y.to(x.dtype) if self.bias is None else (y + self.bias.float()).to(x.dtype)
+        return self.quantized_reference(q, scale, x.dtype)
 
     def scaled_mm(self, q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """The product on tensor cores; one scale per row of x and of w, or one each."""
@@ -137,6 +134,7 @@ class Float8DynamicTensorLinear(Float8DynamicRowLinear):
 
     name = "float8dq-tensor"
     per_token = False
+    activations = FLOAT8_TENSOR
     shared = ("scales",)
 
     def __init__(self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None):

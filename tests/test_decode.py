@@ -59,10 +59,7 @@ def compare(model: Transformer, tolerance: float, kind="bf16", batch=1, tokens=1
     assert error <= tolerance, error
 
 
-NATIVE = [name for name in FORMATS if not name.startswith("float8dq")]
-
-
-@pytest.mark.parametrize("mode", [None, *NATIVE])
+@pytest.mark.parametrize("mode", [None, *FORMATS])
 def test_every_format(mode):
     compare(make_model(CONFIGS["tiny"], mode, torch.float32), 2e-5 if mode is None else 2e-3)
 
@@ -114,8 +111,10 @@ def test_input_scales(algorithm):
     compare(model, 5e-3)
 
 
-def test_a_format_without_tiles_stays_plain():
-    model = make_model(CONFIGS["tiny"], "float8dq-row", torch.float32)
+def test_a_layer_without_tiles_stays_plain():
+    model = make_model(CONFIGS["tiny"], "int8", torch.float32)
+    attention = model.layers[1].attention
+    attention.wo = torch.nn.Linear(attention.wo.in_features, attention.wo.out_features, bias=False)
     model.setup_cache(1, 16)
     model.fuse()
     assert model.plan is None

@@ -294,6 +294,25 @@ def test_fp6_rounds_to_even_through_subnormals():
     assert codes[0, -2] == 0  # no negative zero
 
 
+@pytest.mark.parametrize("rows", [1, 5, 17])
+@pytest.mark.parametrize("name", ["float8dq-row", "float8dq-tensor"])
+def test_float8_inputs_round_as_torch_does(name, rows, level):
+    """A weight of ones on the diagonal gives the rounded inputs back, ties and subnormals too."""
+    values = float_values(4, 3)[:127]
+    ties = (values[1:] + values[:-1]) / 2
+    every = torch.cat([values, ties, -ties, ties * (1 + 1e-6), ties * (1 - 1e-6)])
+    cls, k = FORMATS[name], len(every) + 1
+    codes = torch.eye(k, dtype=torch.uint8) * 0x38  # 1.0
+    params = {"scales": torch.ones(1 if name == "float8dq-tensor" else k, 1)}
+    module = cls.from_codes(codes, params, None, torch.float32)
+    module.repack()
+    x = torch.randn(rows, k) * torch.logspace(-4, 2, rows)[:, None]
+    x[0, :-1] = every
+    x[:, -1] = 448  # so that the scales are 1
+    q, scale = module.quantize_input(x)
+    assert torch.equal(module(x), q.float() * scale)
+
+
 def test_float8_matches_torch_rounding():
     w = random_weight(8, 64)
     module, *_ = quantized("float8", w)

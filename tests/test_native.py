@@ -145,7 +145,7 @@ def rounding_layers(n, k):
     int4 = ops.int4_repack(torch.full((n, k // 2), 0x99, dtype=torch.uint8), one, zero, k, 64)
     yield lambda x: ops.int8dq_linear(x, int8, torch.ones(n), None, n, k)
     yield lambda x: ops.int4_linear(x, int4, None, n, k, 64, False)
-    for name in ("w4a8", "int8dq-int4"):
+    for name in ("w4a8", "int8dq-int4", "float8dq-row"):
         cls = FORMATS[name]
         grid = cls(k, n, dtype=torch.float32).grid()
         params = grid.fit(torch.ones(n, k))

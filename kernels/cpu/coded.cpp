@@ -397,9 +397,41 @@ void coded_widen(const Coded& c, int64_t tile0, int64_t tile1, int64_t stride, f
   }
 }
 
+// The nearest e4m3 number of |x| <= 448, ties to even. Its last bit is worth 1/8 of x's power of two,
+// but no less than 2^-9; 1.5 * 2^23 times that leaves a sum no room for smaller bits.
+INLINE vf to_e4m3(vf x) {
+  const vu least = vu{} + (121u << 23);  // 2^-6
+  vu power = (vu)x & 0x7f800000u;
+  power = power > least ? power : least;
+  const vf magic = (vf)((power + (20u << 23)) | 0x00400000u);
+  return (x + magic) - magic;
+}
+
+// Rows that share one scale s = max(amax / 448, 1e-12) to e4m3.
+static void round_float8(float* x, int64_t m, int64_t kpad, float* scales) {
+  vf most{}, doubt{};  // doubt: 0, or NaN where any number is NaN or infinite
+  for (int64_t i = 0; i < m * kpad; i += kLanes) {
+    const vf v = load<vf>(x + i);
+    most = max(most, max(v, -v));
+    doubt += v - v;
+  }
+  const float scale = at_least((max_of(most) + sum(doubt)) / 448, 1e-12f);
+  for (int64_t i = 0; i < m * kpad; i += kLanes) {
+    vf q = load<vf>(x + i) / splat(scale);
+    q = q < -448.0f ? splat(-448.0f) : q > 448.0f ? splat(448.0f) : q;
+    store(x + i, to_e4m3(q));
+  }
+  for (int64_t r = 0; r < m; r++) scales[r] = scale;
+}
+
 // Symmetric: q = round(x / s), s = max(amax / 127, 1e-5). Asymmetric: s = (high - low) / 255 with
 // low <= 0 <= high, z = -128 - round(low / s); what is left in x is clamp(round(x / s) + z) - z.
 void round_rows(float* x, int64_t m, int64_t k, int64_t kpad, int mode, float* scales) {
+  if (mode == 4) return round_float8(x, m, kpad, scales);
+  if (mode == 3) {
+    for (int64_t r = 0; r < m; r++) round_float8(x + r * kpad, 1, kpad, scales + r);
+    return;
+  }
   for (int64_t r = 0; r < m; r++, x += kpad) {
     vf low{}, high{}, doubt{};  // doubt: 0, or NaN where any number is NaN or infinite
     for (int64_t i = 0; i < kpad; i += kLanes) {

@@ -104,7 +104,7 @@ Tensor coded_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, 
                     OptTensor group_scales, OptTensor positions, const Tensor& table,
                     OptTensor bias, int64_t n, int64_t k, int64_t bits, int64_t group,
                     int64_t exponent_bits, int64_t activations) {
-  TORCH_CHECK_VALUE(activations >= 0 && activations <= 2, "no such activations");
+  TORCH_CHECK_VALUE(activations >= 0 && activations <= 4, "no such activations");
   Call call(x, bias, std::nullopt, n, k);
   Coded c = describe_coded(call.a, tiles, scales, zeros, group_scales, positions, table, bits, group,
                            exponent_bits);
@@ -115,10 +115,25 @@ Tensor coded_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, 
                           x.options().dtype(at::kFloat));
   float* xw = wide.mutable_data_ptr<float>();
   float *xs = xw + a.m * a.kpad, *sums = xs + (activations ? a.m : 0);
-  read_coded(a, call.x.const_data_ptr(), zeros && few, activations, xw, xs, sums);
+  const char* from = static_cast<const char*>(call.x.const_data_ptr());
+  if (few) {
+    read_coded(a, from, bool(zeros), activations, xw, xs, sums);
+    c.a = a;
+    stream(call, c);
+    return call.y;
+  }
+  const bool apart = activations != 4;  // whether rows are rounded without knowing the others
+  at::parallel_for(0, a.m, 16, [&](int64_t i, int64_t j) {
+    Linear part = a;
+    part.m = j - i;
+    read_coded(part, from + i * k * x.element_size(), false, apart ? activations : 0,
+               xw + i * a.kpad, xs + i, nullptr);
+  });
+  if (!apart) kernels().round_rows(xw, a.m, k, a.kpad, int(activations), xs);
+  a.x = xw;
+  a.xs = activations ? xs : nullptr;
   c.a = a;
-  if (few) stream(call, c);
-  else through_wide_panels(call, c, at::from_blob(xw, {a.m, a.kpad}, wide.options()));
+  through_wide_panels(call, c, at::from_blob(xw, {a.m, a.kpad}, wide.options()));
   return call.y;
 }
 

@@ -83,7 +83,8 @@ struct Kernels {
   void (*int4_exact)(const Linear&, int64_t tile0, int64_t tile1);
   // panels of 32 outputs, many rows; scratch: kPanelWidth (kPanelDepth + m) floats
   void (*panels)(const Linear&, Format, int64_t panel0, int64_t panel1, float* scratch);
-  // rows of fp32 x [m, kpad] to integers in place, and their scales [m]; mode 1 symmetric, 2 not
+  // rows of fp32 x [m, kpad] in place, and their scales [m]; mode 1: to integers, symmetric; 2: not
+  // symmetric; 3: to e4m3; 4: to e4m3, all rows with one scale
   void (*round_rows)(float* x, int64_t m, int64_t k, int64_t kpad, int mode, float* scales);
   void (*coded_tiles)(const Coded&, int64_t tile0, int64_t tile1);
   // fp32 weights, column k of row r of tile t at out[k * stride + 16 (t - tile0) + r]

@@ -75,6 +75,7 @@ struct Product {
         c = describe_coded(a, weight, *get(3), get(4), get(5), get(6), *get(7), numbers[3],
                            numbers[4], numbers[5]);
         activations = numbers[6];
+        TORCH_CHECK_VALUE(activations >= 0 && activations <= 4, "no such activations");
         break;
       default: TORCH_CHECK_VALUE(false, "no such kind of layer: ", numbers[0]);
     }
