@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# How the C++ product quantizes x; 0: not at all.
-SYMMETRIC, ASYMMETRIC, FLOAT8_TOKEN, FLOAT8_TENSOR = 1, 2, 3, 4
+# How the C++ product of n-bit codes quantizes x; 0: not at all.
+ASYMMETRIC, FLOAT8_TOKEN, FLOAT8_TENSOR = 1, 2, 3
 
 
 def int8_symmetric(x: Tensor) -> tuple[Tensor, Tensor]:

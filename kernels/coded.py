@@ -22,8 +22,8 @@ from kernels.cuda.weight import TritonWeight
 from kernels.linear import NativeForm, Params, QuantizedLinear
 from kernels.packing import pack, packed_size, unpack
 
-# What the product reads: codes, scales, zeros, inner scales (w4a8), positions (2:4), values.
-TILES = ("tiles", "tile_scales", "tile_zeros", "tile_group_scales", "tile_positions", "lookup")
+# What the product reads: codes, scales, zeros, positions (2:4), values.
+TILES = ("tiles", "tile_scales", "tile_zeros", "tile_positions", "lookup")
 PANEL = 2**22  # weights that the reference dequantizes at a time
 
 
@@ -163,7 +163,7 @@ class CodedLinear(QuantizedLinear):
             return None
         tensors = [
             self.tiles, self.bias, self.input_scale, self.tile_scales, self.tile_zeros,
-            self.tile_group_scales, self.tile_positions, self.lookup,
+            self.tile_positions, self.lookup,
         ]  # fmt: skip
         shape = [self.out_features, self.in_features]
         return tensors, [
@@ -173,9 +173,9 @@ class CodedLinear(QuantizedLinear):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product of the tiles."""
         return torch.ops.flatllama.coded_linear(
-            x, self.tiles, self.tile_scales, self.tile_zeros, self.tile_group_scales,
-            self.tile_positions, self.lookup, bias, self.out_features, self.in_features,
-            self.bits, self.groupsize, self.exponent_bits, self.activations,
+            x, self.tiles, self.tile_scales, self.tile_zeros, self.tile_positions, self.lookup,
+            bias, self.out_features, self.in_features, self.bits, self.groupsize,
+            self.exponent_bits, self.activations,
         )  # fmt: skip
 
     def reference(self, x: Tensor) -> Tensor:
@@ -189,3 +189,30 @@ class CodedLinear(QuantizedLinear):
         y = torch.cat([F.linear(x.float(), self.dequantize_rows(r)) for r in self.panels()], -1)
         y = y * scale
         return (y if self.bias is None else y + self.bias.float()).to(dtype)
+
+
+class IntegerProduct:
+    """4-bit codes that multiply the inputs, rounded to bytes, in integers: cpu/int4dq.cpp.
+
+    Without `tile_scales` a group's scale applies to its sum. With them, fp32 [N], it takes the
+    codes to integers of 8 bits, and `tile_scales` takes those to the weight.
+    """
+
+    def make_integer_tiles(self, scales: Tensor, groupsize: int) -> None:
+        """Tiles of `weight` and the groups' scales [N, G]: bf16, or fp16 with `tile_scales`."""
+        self.tile_groupsize = min(groupsize, -(-self.in_features // 32) * 32)
+        self.tiles = torch.ops.flatllama.int4dq_repack(
+            self.weight, scales, self.in_features, self.tile_groupsize
+        )
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.flatllama.int4dq_linear(
+            x, self.tiles, self.tile_scales, bias, self.out_features, self.in_features,
+            self.tile_groupsize,
+        )  # fmt: skip
+
+    def native_form(self) -> NativeForm | None:
+        if self.tiles is None:
+            return None
+        numbers = [5, self.out_features, self.in_features, self.tile_groupsize]
+        return [self.tiles, self.bias, self.input_scale, self.tile_scales], numbers

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import affine
 from kernels.activations import ASYMMETRIC, int8_asymmetric
-from kernels.coded import CodedLinear
+from kernels.coded import CodedLinear, IntegerProduct
 from kernels.linear import Grid, Params
 
 
@@ -43,10 +43,10 @@ class SymmetricGrid(Grid):
         return (codes.float() - self.mid) * params["scales"]
 
 
-class Int8DynamicInt4Linear(CodedLinear):
+class Int8DynamicInt3Linear(CodedLinear):
     """Buffers: weight uint8 [N, ceil(K bits / 8)]; scales bf16 [N, G]."""
 
-    name, bits = "int8dq-int4", 4
+    name, bits = "int8dq-int3", 3
     default_groupsize = 128
     activations = ASYMMETRIC
     quantize_input = staticmethod(int8_asymmetric)
@@ -62,7 +62,10 @@ class Int8DynamicInt4Linear(CodedLinear):
         return self.quantized_reference(q, scale, x.dtype)
 
 
-class Int8DynamicInt3Linear(Int8DynamicInt4Linear):
-    """The same in 3 bits."""
+class Int8DynamicInt4Linear(IntegerProduct, Int8DynamicInt3Linear):
+    """The same in 4 bits."""
 
-    name, bits = "int8dq-int3", 3
+    name, bits = "int8dq-int4", 4
+
+    def make_tiles(self) -> None:
+        self.make_integer_tiles(self.scales, self.groupsize)

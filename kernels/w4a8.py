@@ -6,8 +6,7 @@ Groups (128): a group's scale takes its 4 bits to int8, the row's scale takes in
     S = (16 / 15) max|w_row| / 127, fp32
     s = max(2 max|w_group| / 15 / S, 1), fp16               q = clamp(round(w / (s S)), -8, 7)
     w8 = round(q s), an integer of -127..127                w_hat = w8 S
-x per token: symmetric int8 (activations.py); y = (sum_k q_x w8) s_x S + b, the sum of integers,
-exact in fp32 up to 2^24.
+x per token: symmetric int8 (activations.py); y = (sum_k q_x w8) s_x S + b, the sum in int32.
 
 Stored as q + 8. Where a group is 16 times smaller than its row, s stays 1: int8 is no finer.
 Source: Marlin QQQ (arXiv 2406.09904), which rounds the same way inside its kernel.
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor
 
 from kernels import affine
-from kernels.activations import SYMMETRIC, int8_matmul, int8_symmetric
-from kernels.coded import CodedLinear, interleave_rows
+from kernels.activations import int8_matmul, int8_symmetric
+from kernels.coded import CodedLinear, IntegerProduct
 from kernels.cuda.weight import TritonWeight
 from kernels.int8dq_int4 import SymmetricGrid
 from kernels.linear import Grid, Params
@@ -57,13 +56,12 @@ class GroupGrid(Grid):
         return torch.round((codes.float() - 8) * params["group_scales"]) * params["scales"]
 
 
-class W4A8Linear(CodedLinear):
+class W4A8Linear(IntegerProduct, CodedLinear):
     """Buffers: weight uint8 [N, ceil(K / 2)]; scales fp32 [N, 1]; group_scales fp16 [N, G]."""
 
     name, bits = "w4a8", 4
     default_groupsize = 128
     groupsizes = (0, 32, 64, 128, 256)
-    activations = SYMMETRIC
     quantize_input = staticmethod(int8_symmetric)
 
     def __init__(
@@ -118,7 +116,10 @@ class W4A8Linear(CodedLinear):
         )  # fmt: skip
 
     def make_tiles(self) -> None:
-        super().make_tiles()
-        if self.groupsize_setting:
-            self.tile_group_scales = interleave_rows(self.group_scales, 1)
-            self.group_scales = None
+        group, scales = self.groupsize_setting, self.group_scales
+        if not group:  # 4 bits are int8 already: groups of any size, times 1
+            group, rows = 256, self.out_features
+            scales = self.scales.new_ones(rows, -(-self.in_features // group), dtype=torch.float16)
+        self.make_integer_tiles(scales, group)
+        self.tile_scales = self.scales[:, 0].contiguous()
+        self.group_scales = None

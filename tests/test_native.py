@@ -138,6 +138,27 @@ def test_extreme_inputs(level, m):
         close(ops.int8dq_linear(x, tiles, ones, None, n, k), want * kept, x.dtype)
 
 
+@pytest.mark.parametrize("m", [1, 3, 6, 17, 31])
+@pytest.mark.parametrize("name,groupsize", [("int8dq-int4", 32), ("int8dq-int4", 128),
+                                            ("w4a8", 0), ("w4a8", 64)])  # fmt: skip
+def test_4_bit_codes_times_bytes(level, name, groupsize, m):
+    """Rows longer than what is rounded at a time, too; w4a8, all integers, to the last bit."""
+    for n, k in ((35, 203), (16, 2080), (7, 5)):
+        x, bias, generator = make(m, n, k, torch.float32)
+        w, cls = torch.randn(n, k, generator=generator), FORMATS[name]
+        grid = cls(k, n, dtype=x.dtype, groupsize=groupsize).grid()
+        params = grid.fit(w)
+        codes = grid.round_to_nearest(w, params)
+        plain, layer = (
+            cls.from_codes(codes, params, bias, x.dtype, groupsize=groupsize) for _ in range(2)
+        )
+        layer.repack()
+        x = x * 10 + 1
+        want = plain.rounded_input(x) @ plain.dequantize().double().T + bias.double()
+        close(layer(x), want, x.dtype)
+        assert name != "w4a8" or torch.equal(layer(x), plain.reference(x))
+
+
 def rounding_layers(n, k):
     """Every product that rounds its activations, as functions of x, with weights of ones."""
     int8 = ops.int8_repack(torch.ones(n, k, dtype=torch.int8))
@@ -252,6 +273,10 @@ def test_bad_arguments_are_refused():
         lambda: ops.int8_linear(x, tiles[:, :-1], scales, None, 8, 16),
         lambda: ops.int8_linear(x, tiles, scales[:4], None, 8, 16),
         lambda: ops.int4_linear(x, tiles, None, 8, 16, 12, True),
+        lambda: ops.int4dq_linear(x, tiles, None, None, 8, 16, 32),
+        lambda: ops.int4dq_linear(x, tiles, None, None, 8, 16, 48),
+        lambda: ops.int4dq_repack(tiles[:, :8], torch.ones(1, 1), 16, 32),
+        lambda: ops.int4dq_repack(tiles[:, :8], torch.ones(1, 1).half(), 16, 512),
         lambda: ops.float_linear(x, torch.randn(4, 15), None),
         lambda: ops.float_linear(x, torch.randn(4, 16).bfloat16(), None),
         lambda: ops.attention(*[torch.randn(1, 1, 4, 8)] * 3, torch.tensor([1])),
@@ -276,6 +301,8 @@ def test_fakes_give_the_same_shapes():
         (ops.int8dq_linear, (x, tiles8, bias, None, 24, 40)),
         (ops.int4_repack, (packed, params, params, 40, 32)),
         (ops.int4_linear, (x, tiles4, bias, 24, 40, 32, False)),
+        (ops.int4dq_repack, (packed, params, 40, 32)),
+        (ops.int4dq_linear, (x, ops.int4dq_repack(packed, params, 40, 32), None, bias, 24, 40, 32)),
         (ops.attention, (torch.zeros(1, 4, 2, 16), cache, cache, start)),
     ):
         checks = ("test_schema", "test_faketensor")

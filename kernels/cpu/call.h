@@ -13,8 +13,7 @@ using OptTensor = const std::optional<Tensor>&;
 
 // The n-bit weight of a product whose k, n and types are set; tensors as the modules repack them.
 Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& scales,
-                     OptTensor zeros, OptTensor group_scales, OptTensor positions,
-                     const Tensor& table, int64_t bits, int64_t group, int64_t exponent_bits);
+                     OptTensor zeros, OptTensor positions, const Tensor& table, int64_t bits, int64_t group, int64_t exponent_bits);
 // x [m, k] in the form of the n-bit products: fp32 in xw [m, kpad], rounded with scales xs [m] if
 // `activations` (the modes of round_rows), and, if `sums`, its sums over groups [m, groups].
 void read_coded(Linear& a, const void* x, bool sums, int64_t activations, float* xw, float* xs,
@@ -53,6 +52,12 @@ inline void read_wide(Linear& a, const void* x, bool paired, float* wide, float*
       sums[g * a.m + m] = total;
     }
   a.group_sum = sums;
+}
+
+// Bytes of a tile of 4-bit codes that multiply bytes; see int4dq.cpp.
+int64_t int4dq_tile_bytes(int64_t k, int64_t group) {
+  TORCH_CHECK_VALUE(group >= 32 && group % 32 == 0, "group size ", group, " is not a multiple of 32");
+  return div_up(k, 32) * 256 + div_up(k, group) * 64;
 }
 
 constexpr int64_t kMostExact = 65536;  // columns whose products of int8 numbers 32 bits can sum

@@ -47,7 +47,7 @@ INLINE vu blend(vu a, uint32_t mask, vu c) {
 #endif
 }
 
-enum Kind { kInteger, kFloat, kTable, kRounded };
+enum Kind { kInteger, kFloat, kTable };
 
 // What a code of `Bits` bits stands for; of a small float, 1 sign, E exponent, M mantissa bits.
 // All constants are held here so that they stay in registers: stores of values could change `c`.
@@ -113,39 +113,28 @@ struct Value {
 
   // Of code `i` of a block, part p of its rows.
   template <int i>
-  INLINE vf at(const uint32_t* words, int p, vf group_scale) const {
-    vf out;
-    if constexpr (kLookup) out = lookup(code<Bits, i>(words, p));
+  INLINE vf at(const uint32_t* words, int p) const {
+    if constexpr (kLookup) return lookup(code<Bits, i>(words, p));
     else if constexpr (kind == kFloat) return small_float<i>(words, p);
-    else out = to_float((vi)(code<Bits, i>(words, p) & ((1u << Bits) - 1))) + base;
-    if constexpr (kind == kRounded) {
-      const vf magic = splat(12582912.0f);  // 1.5 * 2^23: the sum has no room for a fraction
-      out = (out * group_scale + magic) - magic;
-    }
-    return out;
+    else return to_float((vi)(code<Bits, i>(words, p) & ((1u << Bits) - 1))) + base;
   }
 };
 
 // The 32 columns of a block as fp32 values: column i of row r at out[16 i + r].
 struct Decoder {
-  void (*block)(const Coded&, const uint32_t* words, const uint32_t* positions,
-                const uint16_t* group_scales, float* out);
+  void (*block)(const Coded&, const uint32_t* words, const uint32_t* positions, float* out);
   // sums [16] += the block times one row of x: nothing passes through memory
-  void (*dot)(const Coded&, const uint32_t* words, const uint32_t* positions,
-              const uint16_t* group_scales, const float* x, float* sums);
+  void (*dot)(const Coded&, const uint32_t* words, const uint32_t* positions, const float* x,
+              float* sums);
   float factor;
 };
 
 template <Kind kind, int Bits, int E = 0>
-static void decode(const Coded& c, const uint32_t* words, const uint32_t*,
-                   const uint16_t* group_scales, float* out) {
+static void decode(const Coded& c, const uint32_t* words, const uint32_t*, float* out) {
   const Value<kind, Bits, E> value(c);
-  vf scale[kParts] = {};
-  if constexpr (kind == kRounded)
-    for (int p = 0; p < kParts; p++) scale[p] = fp16_load(group_scales + p * kLanes);
   unrolled<0, kBlock>([&](auto i) __attribute__((always_inline)) {
     for (int p = 0; p < kParts; p++)
-      store(out + i.value * 16 + p * kLanes, value.template at<i.value>(words, p, scale[p]));
+      store(out + i.value * 16 + p * kLanes, value.template at<i.value>(words, p));
   });
 }
 
@@ -187,17 +176,16 @@ INLINE void dot_float8(const uint32_t* words, const float* x, float* sums) {
 #endif
 
 template <Kind kind, int Bits, int E = 0>
-static void dot(const Coded& c, const uint32_t* words, const uint32_t*,
-                const uint16_t* group_scales, const float* x, float* sums) {
+static void dot(const Coded& c, const uint32_t* words, const uint32_t*, const float* x,
+                float* sums) {
 #if defined(__AVX512F__)
   if constexpr (kind == kFloat && Bits == 8 && E < 5) return dot_float8<E>(words, x, sums);
 #endif
   const Value<kind, Bits, E> value(c);
   for (int p = 0; p < kParts; p++) {
-    vf acc[4] = {}, scale{};
-    if constexpr (kind == kRounded) scale = fp16_load(group_scales + p * kLanes);
+    vf acc[4] = {};
     unrolled<0, kBlock>([&](auto i) __attribute__((always_inline)) {
-      acc[i.value % 4] += value.template at<i.value>(words, p, scale) * x[i.value];
+      acc[i.value % 4] += value.template at<i.value>(words, p) * x[i.value];
     });
     add_to(sums, p, acc[0], acc[1], acc[2], acc[3]);
   }
@@ -205,14 +193,14 @@ static void dot(const Coded& c, const uint32_t* words, const uint32_t*,
 
 // Of each 4 columns 2 are kept: 4-bit codes 2 q, 2 q + 1 and positions of 2 bits each.
 static void decode_sparse(const Coded& c, const uint32_t* words, const uint32_t* positions,
-                          const uint16_t*, float* out) {
+                          float* out) {
   const Value<kInteger, 4> value(c);
   unrolled<0, kBlock / 4>([&](auto q) __attribute__((always_inline)) {
     for (int p = 0; p < kParts; p++) {
       vu where = load<vu>(positions + p * kLanes) >> (4 * q.value);
       vi first = (vi)(where & 3), second = (vi)((where >> 2) & 3);
-      vf a = value.at<2 * q.value>(words, p, vf{});
-      vf b = value.at<2 * q.value + 1>(words, p, vf{});
+      vf a = value.at<2 * q.value>(words, p);
+      vf b = value.at<2 * q.value + 1>(words, p);
       UNROLL
       for (int j = 0; j < 4; j++) {
         vf none{};
@@ -237,7 +225,7 @@ INLINE vf pick4(const float* x, vu v) {
 }
 
 static void dot_sparse(const Coded& c, const uint32_t* words, const uint32_t* positions,
-                       const uint16_t*, const float* x, float* sums) {
+                       const float* x, float* sums) {
   const Value<kInteger, 4> value(c);
   for (int p = 0; p < kParts; p++) {
     vf acc[4] = {};
@@ -245,8 +233,8 @@ static void dot_sparse(const Coded& c, const uint32_t* words, const uint32_t* po
     unrolled<0, kBlock / 4>([&](auto q) __attribute__((always_inline)) {
       constexpr int i = 2 * q.value;
       const float* four = x + 4 * q.value;
-      acc[i % 4] += value.at<i>(words, p, vf{}) * pick4(four, where >> (2 * i));
-      acc[i % 4 + 1] += value.at<i + 1>(words, p, vf{}) * pick4(four, where >> (2 * i + 2));
+      acc[i % 4] += value.at<i>(words, p) * pick4(four, where >> (2 * i));
+      acc[i % 4 + 1] += value.at<i + 1>(words, p) * pick4(four, where >> (2 * i + 2));
     });
     add_to(sums, p, acc[0], acc[1], acc[2], acc[3]);
   }
@@ -260,7 +248,6 @@ constexpr Decoder kSmallFloat = kDecoder<kFloat, 1 + E + M, E>;
 
 static Decoder choose(const Coded& c) {
   if (c.positions) return {decode_sparse, dot_sparse, 1};
-  if (c.group_scales) return kDecoder<kRounded, 4>;
   constexpr Decoder none{nullptr, nullptr, 0};
   constexpr Decoder floats[4][5] = {  // [E - 2][M - 1]
       {kSmallFloat<2, 1>, kSmallFloat<2, 2>, kSmallFloat<2, 3>, kSmallFloat<2, 4>,
@@ -281,32 +268,27 @@ struct Tile {
   const uint32_t *codes, *positions;
   const char* scales;
   const uint8_t* zeros;
-  const uint16_t* group_scales;
 
   Tile(const Coded& c, int64_t tile) {
     const int64_t blocks = c.a.kpad / kBlock, at = tile * c.a.groups * 16;
     codes = c.codes + tile * blocks * words(c) * 16;
     positions = c.positions ? c.positions + tile * blocks * 16 : nullptr;
-    scales = (const char*)c.scales + tile * c.scale_groups * 16 * size(c);
+    scales = (const char*)c.scales + at * size(c);
     zeros = c.zeros ? c.zeros + at : nullptr;
-    group_scales = c.group_scales ? c.group_scales + at : nullptr;
   }
   static int64_t words(const Coded& c) { return c.positions ? 2 : c.bits; }
   static int64_t size(const Coded& c) { return c.scale_type == Type::fp32 ? 4 : 2; }
 
-  void decode(const Coded& c, const Decoder& f, int64_t block, int64_t group, float* out) const {
-    f.block(c, codes + block * words(c) * 16, positions ? positions + block * 16 : nullptr,
-            group_scales ? group_scales + group * 16 : nullptr, out);
+  void decode(const Coded& c, const Decoder& f, int64_t block, float* out) const {
+    f.block(c, codes + block * words(c) * 16, positions ? positions + block * 16 : nullptr, out);
   }
-  void dot(const Coded& c, const Decoder& f, int64_t block, int64_t group, float* sums) const {
+  void dot(const Coded& c, const Decoder& f, int64_t block, float* sums) const {
     f.dot(c, codes + block * words(c) * 16, positions ? positions + block * 16 : nullptr,
-          group_scales ? group_scales + group * 16 : nullptr, c.a.x + block * kBlock, sums);
+          c.a.x + block * kBlock, sums);
   }
-  // What sums over a group are multiplied by; a row's own scale comes with finish().
+  // What sums over a group are multiplied by.
   vf scale(const Coded& c, const Decoder& f, int64_t group, int p) const {
-    if (c.a.scales) return splat(f.factor);
-    int64_t g = c.scale_groups > 1 ? group : 0;
-    return load_many(scales, c.scale_type, g * 16 + p * kLanes) * f.factor;
+    return load_many(scales, c.scale_type, group * 16 + p * kLanes) * f.factor;
   }
   vf zero(int64_t group, int p) const {
     typedef uint8_t bytes __attribute__((vector_size(kLanes)));
@@ -349,13 +331,13 @@ void coded_tiles(const Coded& c, int64_t tile0, int64_t tile1) {
     const Tile tile(c, t);
     for (int64_t g = 0; g < a.groups; g++) {
       const int64_t end = min((g + 1) * a.group, a.kpad);
-      if (g == 0 || !a.scales) memset(dots, 0, a.m * 64);
+      memset(dots, 0, a.m * 64);
       for (int64_t k = g * a.group; k < end; k += kBlock) {
         if (a.m == 1) {
-          tile.dot(c, f, k / kBlock, g, dots);
+          tile.dot(c, f, k / kBlock, dots);
           continue;
         }
-        tile.decode(c, f, k / kBlock, g, block);
+        tile.decode(c, f, k / kBlock, block);
         int64_t m = 0;
         for (; m + 4 <= a.m; m += 4)
           accumulate<4>(block, a.x + m * a.kpad + k, a.kpad, dots + m * 16);
@@ -363,7 +345,6 @@ void coded_tiles(const Coded& c, int64_t tile0, int64_t tile1) {
           accumulate<2>(block, a.x + m * a.kpad + k, a.kpad, dots + m * 16);
         if (m < a.m) accumulate<1>(block, a.x + m * a.kpad + k, a.kpad, dots + m * 16);
       }
-      if (a.scales && g + 1 < a.groups) continue;
       for (int p = 0; p < kParts; p++) {
         const vf scale = tile.scale(c, f, g, p), zero = tile.zero(g, p);
         for (int64_t m = 0; m < a.m; m++)
@@ -386,7 +367,7 @@ void coded_widen(const Coded& c, int64_t tile0, int64_t tile1, int64_t stride, f
     const Tile tile(c, t);
     for (int64_t k = 0; k < c.a.kpad; k += kBlock) {
       const int64_t g = k / c.a.group;
-      tile.decode(c, f, k / kBlock, g, block);
+      tile.decode(c, f, k / kBlock, block);
       for (int p = 0; p < kParts; p++) {
         const vf scale = tile.scale(c, f, g, p), zero = tile.zero(g, p);
         for (int i = 0; i < kBlock; i++)
@@ -424,11 +405,11 @@ static void round_float8(float* x, int64_t m, int64_t kpad, float* scales) {
   for (int64_t r = 0; r < m; r++) scales[r] = scale;
 }
 
-// Symmetric: q = round(x / s), s = max(amax / 127, 1e-5). Asymmetric: s = (high - low) / 255 with
-// low <= 0 <= high, z = -128 - round(low / s); what is left in x is clamp(round(x / s) + z) - z.
+// Mode 1: s = (high - low) / 255 with low <= 0 <= high, z = -128 - round(low / s); what is left in x
+// is clamp(round(x / s) + z) - z.
 void round_rows(float* x, int64_t m, int64_t k, int64_t kpad, int mode, float* scales) {
-  if (mode == 4) return round_float8(x, m, kpad, scales);
-  if (mode == 3) {
+  if (mode == 3) return round_float8(x, m, kpad, scales);
+  if (mode == 2) {
     for (int64_t r = 0; r < m; r++) round_float8(x + r * kpad, 1, kpad, scales + r);
     return;
   }
@@ -441,16 +422,10 @@ void round_rows(float* x, int64_t m, int64_t k, int64_t kpad, int mode, float* s
       doubt += v - v;
     }
     const float least = -max_of(-low), most = max_of(high) + sum(doubt);
-    float scale, bottom = -127, top = 127;
-    if (mode == 1) {
-      scale = at_least(larger(-least, most) / 127, 1e-5f);
-    } else {
-      scale = at_least((most - least) / 255, 1.1920929e-7f);
-      // of vectors, so that it rounds as they do
-      const float zero = to_float(round_to_int(splat(least) / splat(scale)))[0];
-      bottom = max(zero, -255.0f);
-      top = bottom + 255;
-    }
+    const float scale = at_least((most - least) / 255, 1.1920929e-7f);
+    // of vectors, so that it rounds as they do
+    const float zero = to_float(round_to_int(splat(least) / splat(scale)))[0];
+    const float bottom = max(zero, -255.0f), top = bottom + 255;
     for (int64_t i = 0; i < kpad; i += kLanes) {
       vf q = to_float(round_to_int(load<vf>(x + i) / splat(scale)));
       q = q < bottom ? splat(bottom) : q > top ? splat(top) : q;

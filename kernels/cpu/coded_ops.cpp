@@ -16,8 +16,7 @@ const void* data(OptTensor t, at::ScalarType type, int64_t count, const char* na
 }  // namespace
 
 Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& scales,
-                     OptTensor zeros, OptTensor group_scales, OptTensor positions,
-                     const Tensor& table, int64_t bits, int64_t group, int64_t exponent_bits) {
+                     OptTensor zeros, OptTensor positions, const Tensor& table, int64_t bits, int64_t group, int64_t exponent_bits) {
   TORCH_CHECK_VALUE(bits >= 1 && bits <= 8 && exponent_bits >= 0 && exponent_bits <= 5 &&
                         (!exponent_bits || (exponent_bits >= 2 && exponent_bits <= bits - 2)),
                     "no such format: ", bits, " bits, of them ", exponent_bits, " exponent");
@@ -34,16 +33,9 @@ Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& s
   c.codes = static_cast<const uint32_t*>(
       data(tiles, at::kInt, rows * blocks * (positions ? 2 : bits), "tiles"));
   c.positions = static_cast<const uint32_t*>(data(positions, at::kInt, rows * blocks, "positions"));
-  c.scale_groups = group_scales ? 1 : a.groups;
   c.scale_type = type_of(scales);
-  c.scales = data(scales, scales.scalar_type(), rows * c.scale_groups, "scales");
-  if (scales.scalar_type() == at::kFloat && c.scale_groups == 1) {
-    a.scales = c.scales;
-    a.scale_type = Type::fp32;
-  }
+  c.scales = data(scales, scales.scalar_type(), rows * a.groups, "scales");
   c.zeros = static_cast<const uint8_t*>(data(zeros, at::kByte, rows * a.groups, "zeros"));
-  c.group_scales =
-      static_cast<const uint16_t*>(data(group_scales, at::kHalf, rows * a.groups, "group_scales"));
   const auto* values =
       static_cast<const float*>(data(table, at::kFloat, int64_t(1) << bits, "table"));
   for (int i = 0; i < 32; i++) c.table[i] = values[i % (1 << bits)];
@@ -81,9 +73,7 @@ void stream(Call& call, Coded& c) {
 void through_wide_panels(Call& call, const Coded& c, const Tensor& rows) {
   const Linear& a = c.a;
   Tensor panel = at::empty({a.kpad, std::min(div_up(a.n, 16) * 16, kPanelRows)}, rows.options());
-  Tensor out = call.y.view({a.m, a.n}), scales, row_scales;
-  if (a.scales)
-    row_scales = at::from_blob(const_cast<void*>(a.scales), {a.n}, rows.options());
+  Tensor out = call.y.view({a.m, a.n}), scales;
   if (a.xs) scales = at::from_blob(const_cast<float*>(a.xs), {a.m, 1}, rows.options());
   float* to = panel.mutable_data_ptr<float>();
   const int64_t width = panel.size(1);
@@ -94,19 +84,17 @@ void through_wide_panels(Call& call, const Coded& c, const Tensor& rows) {
     });
     Tensor part = at::mm(rows, panel.narrow(1, 0, count));
     if (a.xs) part.mul_(scales);
-    if (a.scales) part.mul_(row_scales.narrow(0, n, count));
     if (call.bias.defined()) part.add_(call.bias.narrow(0, n, count));
     out.narrow(1, n, count).copy_(part);
   }
 }
 
 Tensor coded_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, OptTensor zeros,
-                    OptTensor group_scales, OptTensor positions, const Tensor& table,
-                    OptTensor bias, int64_t n, int64_t k, int64_t bits, int64_t group,
+                    OptTensor positions, const Tensor& table, OptTensor bias, int64_t n, int64_t k, int64_t bits, int64_t group,
                     int64_t exponent_bits, int64_t activations) {
-  TORCH_CHECK_VALUE(activations >= 0 && activations <= 4, "no such activations");
+  TORCH_CHECK_VALUE(activations >= 0 && activations <= 3, "no such activations");
   Call call(x, bias, std::nullopt, n, k);
-  Coded c = describe_coded(call.a, tiles, scales, zeros, group_scales, positions, table, bits, group,
+  Coded c = describe_coded(call.a, tiles, scales, zeros, positions, table, bits, group,
                            exponent_bits);
   if (call.empty()) return call.y;
   Linear& a = call.a = c.a;
@@ -122,7 +110,7 @@ Tensor coded_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, 
     stream(call, c);
     return call.y;
   }
-  const bool apart = activations != 4;  // whether rows are rounded without knowing the others
+  const bool apart = activations != 3;  // whether rows are rounded without knowing the others
   at::parallel_for(0, a.m, 16, [&](int64_t i, int64_t j) {
     Linear part = a;
     part.m = j - i;
@@ -140,7 +128,7 @@ Tensor coded_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(flatllama, m) {
-  m.def("coded_linear(Tensor x, Tensor tiles, Tensor scales, Tensor? zeros, Tensor? group_scales, "
+  m.def("coded_linear(Tensor x, Tensor tiles, Tensor scales, Tensor? zeros, "
         "Tensor? positions, Tensor table, Tensor? bias, int N, int K, int bits, int groupsize, "
         "int exponent_bits, int activations) -> Tensor");
 }

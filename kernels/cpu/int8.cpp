@@ -31,6 +31,7 @@ INLINE int32_t round_line(const float* p, int64_t len, float scale, int8_t* code
 
 // Quantize rows m0 .. m1 of x, in blocks (or whole rows: block = kpad), kChunk columns at a time.
 void quantize_rows(const void* x, const Linear& a, const Quantized& out, int64_t m0, int64_t m1) {
+  if (out.rounding > Rounding::token) return unsigned_rows(x, a, out, m0, m1);
   constexpr int64_t kChunk = 2048;
   alignas(64) float values[kChunk + 64];
   alignas(64) int8_t codes[kChunk + 64];
@@ -41,7 +42,7 @@ void quantize_rows(const void* x, const Linear& a, const Quantized& out, int64_t
       const int64_t real = k0 < a.k ? min(len, a.k - k0) : 0;
       widen_rows((const char*)x + (m * a.k + k0) * size, a.type, 1, real, len + 64, false, values);
     };
-    if (out.per_token) {
+    if (out.rounding == Rounding::token) {
       float top = 0;
       for (int64_t k = 0; k < a.kpad; k += kChunk) {
         widen(k, min(kChunk, a.kpad - k));

@@ -15,7 +15,8 @@ struct Linear {
   const float* group_sum;  // sum of x over each group of w: int4 [groups, m], coded [m, groups]
   const int8_t* xq;        // [m, kpad] codes of x
   const float* xs;         // [blocks, m] their scales
-  const int32_t* offset;   // [blocks, m] minus the zero code of w times the sum of the codes of x
+  const int32_t* offset;   // [blocks, m] minus the zero code of w times the sum of the codes of x;
+                           // of unsigned codes: what to add to them, [m]
   const void* scales;      // [n] or null
   const void* bias;        // [n] of `type`, or null
   void* y;                 // [m, n] of `type`
@@ -23,14 +24,18 @@ struct Linear {
   int64_t m, n, k, kpad, block, blocks, group, groups;
 };
 
-// Where quantized rows of activations go; see quantize_rows.
+// How x is quantized: to int8, s = amax / 127 of each block; to int8, s = max(amax / 127, 1e-5) of
+// a row; to unsigned bytes, the same plus 128; or from the row's lowest to its highest number.
+enum class Rounding : int { blocks, token, bytes, span };
+
+// Where quantized rows of activations go; see quantize_rows and unsigned_rows.
 struct Quantized {
   int8_t* xq;
   float* xs;
   int32_t* offset;
   float* group_sum;
   int32_t zero_code;  // of the weight: 128 for int8 tiles, 8 for int4
-  bool per_token;     // true: s = max(amax / 127, 1e-5); false: s = amax / 127 per block
+  Rounding rounding;
 };
 
 // Attention of `tokens` new tokens and all heads of one (batch, kv head) over a stretch of slots.
@@ -52,20 +57,16 @@ constexpr int64_t attention_scratch(int64_t d) {
 }
 
 // A product with an n-bit weight: w = (value of the code - zero) * scale; see coded.cpp.
-// Of `a`, x (padded to 32 columns), group_sum and, if x is quantized, xs [m] are used. Where a row
-// has one scale, in fp32, it is in a.scales too: the sums are multiplied by it at the end, so that
-// sums of integers (w4a8) are exact up to 2^24.
+// Of `a`, x (padded to 32 columns), group_sum and, if x is quantized, xs [m] are used.
 struct Coded {
   Linear a;
   const uint32_t* codes;        // [tiles, words, 16]: 32 columns are `bits` words
   const uint32_t* positions;    // [tiles, blocks of 32 columns, 16] or null: 2:4 sparse codes
-  const void* scales;           // [tiles, scale_groups, 16]
+  const void* scales;           // [tiles, groups, 16]
   const uint8_t* zeros;         // [tiles, groups, 16] or null
-  const uint16_t* group_scales; // fp16 [tiles, groups, 16] or null: values are rounded times this
   float table[32];              // value of the code's low 5 bits
   int bits, exponent_bits;      // exponent_bits > 0: codes are small floats
   bool integers;                // value = code + table[0]
-  int64_t scale_groups;
   Type scale_type;
 };
 
@@ -81,10 +82,11 @@ struct Kernels {
   void (*int8_exact)(const Linear&, int64_t tile0, int64_t tile1);
   void (*int4_tiles)(const Linear&, int64_t tile0, int64_t tile1, int64_t m0, int64_t m1);
   void (*int4_exact)(const Linear&, int64_t tile0, int64_t tile1);
+  void (*int4dq_tiles)(const Linear&, int64_t tile0, int64_t tile1);  // a.scales: nested
   // panels of 32 outputs, many rows; scratch: kPanelWidth (kPanelDepth + m) floats
   void (*panels)(const Linear&, Format, int64_t panel0, int64_t panel1, float* scratch);
-  // rows of fp32 x [m, kpad] in place, and their scales [m]; mode 1: to integers, symmetric; 2: not
-  // symmetric; 3: to e4m3; 4: to e4m3, all rows with one scale
+  // rows of fp32 x [m, kpad] in place, and their scales [m]; mode 1: to integers of a span of 255;
+  // 2: to e4m3; 3: to e4m3, all rows with one scale
   void (*round_rows)(float* x, int64_t m, int64_t k, int64_t kpad, int mode, float* scales);
   void (*coded_tiles)(const Coded&, int64_t tile0, int64_t tile1);
   // fp32 weights, column k of row r of tile t at out[k * stride + 16 (t - tile0) + r]

@@ -28,6 +28,7 @@ extern const Kernels kernels{
     .int8_exact = int8_exact,
     .int4_tiles = int4_tiles,
     .int4_exact = int4_exact,
+    .int4dq_tiles = int4dq_tiles,
     .panels = panels,
     .round_rows = round_rows,
     .coded_tiles = coded_tiles,

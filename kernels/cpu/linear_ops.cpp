@@ -1,5 +1,8 @@
 // The products as operators: checks, the activations' form, and the split over threads.
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
+
+#include <cmath>
 
 #include "call.h"
 
@@ -48,13 +51,13 @@ Tensor float_linear(const Tensor& x, const Tensor& weight, OptTensor bias) {
 
 // Quantize x once, then let all threads use it.
 template <class F>
-void with_quantized(Call& call, int32_t zero_code, bool per_token, bool group_sums, const F& f) {
+void with_quantized(Call& call, int32_t zero_code, Rounding rounding, bool group_sums, const F& f) {
   Linear& a = call.a;
-  a.blocks = div_up(a.kpad, a.block);
+  a.blocks = std::max<int64_t>(div_up(a.kpad, a.block), 1);
   int64_t per_row = Scratch::round_up(a.kpad) + Scratch::round_up(a.blocks * 8) + a.groups * 4 + 64;
   Scratch scratch(a.m * per_row + 256);
   Quantized q{scratch.take<int8_t>(a.m * a.kpad), scratch.take<float>(a.m * a.blocks),
-              scratch.take<int32_t>(a.m * a.blocks), nullptr, zero_code, per_token};
+              scratch.take<int32_t>(a.m * a.blocks), nullptr, zero_code, rounding};
   if (group_sums) q.group_sum = scratch.take<float>(a.m * a.groups);
   const void* x = call.x.const_data_ptr();
   at::parallel_for(0, a.m, div_up(16384, std::max<int64_t>(a.k, 1)), [&](int64_t i, int64_t j) {
@@ -125,7 +128,7 @@ Tensor int8dq_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales,
   a.w = tiles.const_data_ptr();
   a.kpad = div_up(k, 4) * 4;
   a.block = std::max<int64_t>(a.kpad, 4);
-  with_quantized(call, 128, true, false, [&] {
+  with_quantized(call, 128, Rounding::token, false, [&] {
     call.over_tiles(int8_tile_bytes(k),
                     [&](int64_t i, int64_t j) { kernels().int8_tiles(a, i, j, 0, a.m); });
   });
@@ -182,7 +185,7 @@ Tensor int4_linear(const Tensor& x, const Tensor& tiles, OptTensor bias, int64_t
   a.groups = div_up(k, group);
   for (a.block = std::min<int64_t>(group, 64); group % a.block; a.block -= 8) {}
   if (!exact) {
-    with_quantized(call, 8, false, true, [&] {
+    with_quantized(call, 8, Rounding::blocks, true, [&] {
       call.over_tiles(bytes, [&](int64_t i, int64_t j) { kernels().int4_tiles(a, i, j, 0, a.m); });
     });
   } else if (a.m <= kFewRows || k == 0) {
@@ -192,6 +195,65 @@ Tensor int4_linear(const Tensor& x, const Tensor& tiles, OptTensor bias, int64_t
   } else {
     call.through_panels(Format::int4);
   }
+  return call.y;
+}
+
+Tensor int4dq_repack(const Tensor& codes, const Tensor& scales, int64_t k, int64_t group) {
+  for (const Tensor& t : {codes, scales}) check_cpu(t, "the weight");
+  int64_t n = codes.size(0), bytes = int4dq_tile_bytes(k, group), groups = div_up(k, group);
+  const bool nested = scales.scalar_type() == at::kHalf;
+  TORCH_CHECK_VALUE(codes.dim() == 2 && codes.scalar_type() == at::kByte &&
+                        codes.size(1) == div_up(k, 2), "codes must be uint8 [N, ceil(K / 2)]");
+  TORCH_CHECK_VALUE((nested || scales.scalar_type() == at::kBFloat16) &&
+                        scales.sizes() == at::IntArrayRef({n, groups}),
+                    "scales must be bf16, or fp16 if nested, [", n, ", ", groups, "]");
+  TORCH_CHECK_VALUE(group * (nested ? 127 : 8) < 32768, "group size ", group, " is too large");
+  Tensor from = codes.contiguous(), s = scales.contiguous(), values = s.to(at::kFloat);
+  Tensor tiles = at::zeros({div_up(n, 16), bytes}, codes.options());
+  const uint8_t* p = from.const_data_ptr<uint8_t>();
+  const auto* bits = static_cast<const uint16_t*>(s.const_data_ptr());
+  const float* factor = values.const_data_ptr<float>();
+  uint8_t* out = tiles.mutable_data_ptr<uint8_t>();
+  at::parallel_for(0, tiles.size(0), 1, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; t++) {
+      uint8_t* to = out + t * bytes;
+      for (int64_t g = 0; g < groups; g++) {
+        auto* params = reinterpret_cast<uint16_t*>(to);
+        auto* sums = reinterpret_cast<int16_t*>(to + 32);
+        to += 64;
+        for (int64_t k0 = g * group; k0 < std::min((g + 1) * group, k); k0 += 32, to += 256)
+          for (int64_t r = 0; r < 16; r++) {
+            const int64_t row = t * 16 + r;
+            if (row < n) params[r] = bits[row * groups + g];
+            for (int64_t c = 0; c < 32; c++) {
+              int code = 8;  // what lies past the edges is 0
+              if (row < n && k0 + c < k) code = p[row * div_up(k, 2) + (k0 + c) / 2] >> (c % 2 * 4) & 15;
+              to[r * 16 + c % 16] |= code << (c / 16 * 4);
+              sums[r] += nested && row < n ? int(nearbyint((code - 8) * factor[row * groups + g])) : code - 8;
+            }
+          }
+      }
+    }
+  });
+  return tiles;
+}
+
+Tensor int4dq_linear(const Tensor& x, const Tensor& tiles, OptTensor scales, OptTensor bias, int64_t n,
+                     int64_t k, int64_t group) {
+  TORCH_CHECK_VALUE(k <= kMostExact, "int4dq sums in 32 bits: K is at most 65536, not ", k);
+  Call call(x, bias, scales, n, k);
+  const int64_t bytes = int4dq_tile_bytes(k, group);
+  check_tiles(tiles, div_up(n, 16) * bytes);
+  if (call.empty()) return call.y;
+  Linear& a = call.a;
+  a.w = tiles.const_data_ptr();
+  a.kpad = div_up(k, 32) * 32;
+  a.block = std::max<int64_t>(a.kpad, 32);
+  a.group = group;
+  a.groups = div_up(k, group);
+  with_quantized(call, 8, scales ? Rounding::bytes : Rounding::span, false, [&] {
+    call.over_tiles(bytes, [&](int64_t i, int64_t j) { kernels().int4dq_tiles(a, i, j); });
+  });
   return call.y;
 }
 
@@ -205,6 +267,9 @@ TORCH_LIBRARY_FRAGMENT(flatllama, m) {
   m.def("int4_repack(Tensor codes, Tensor scales, Tensor zeros, int K, int groupsize) -> Tensor");
   m.def("int4_linear(Tensor x, Tensor tiles, Tensor? bias, int N, int K, int groupsize, bool exact)"
         " -> Tensor");
+  m.def("int4dq_repack(Tensor codes, Tensor scales, int K, int groupsize) -> Tensor");
+  m.def("int4dq_linear(Tensor x, Tensor tiles, Tensor? scales, Tensor? bias, int N, int K, "
+        "int groupsize) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(flatllama, CPU, m) {
@@ -214,4 +279,6 @@ TORCH_LIBRARY_IMPL(flatllama, CPU, m) {
   m.impl("int8dq_linear", int8dq_linear);
   m.impl("int4_repack", int4_repack);
   m.impl("int4_linear", int4_linear);
+  m.impl("int4dq_repack", int4dq_repack);
+  m.impl("int4dq_linear", int4dq_linear);
 }

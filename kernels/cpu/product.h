@@ -9,7 +9,7 @@ namespace {
 // How a layer comes from Python (`native_form` of its module): its tensors, and numbers that begin
 // with the kind, N, K. The first three tensors are the weight, the bias and the input's scale.
 using Tensors = c10::ArrayRef<std::optional<Tensor>>;
-enum class Kind : int64_t { rows, int8, int8dq, int4, coded };
+enum class Kind : int64_t { rows, int8, int8dq, int4, coded, int4dq };
 
 struct Product {
   Kind kind{};
@@ -68,14 +68,26 @@ struct Product {
         a.groups = div_up(a.k, a.group);
         for (a.block = std::min<int64_t>(a.group, 64); a.group % a.block; a.block -= 8) {}
         break;
+      case Kind::int4dq:
+        has(4, {});
+        a.group = numbers[3];
+        check_tiles(weight, div_up(a.n, 16) * int4dq_tile_bytes(a.k, a.group));
+        a.kpad = div_up(a.k, 32) * 32;
+        a.groups = div_up(a.k, a.group);
+        a.block = std::max<int64_t>(a.kpad, 32);
+        if (get(3)) {
+          a.scale_type = Type::fp32;
+          a.scales = vector(*get(3), a.n, Type::fp32, "scales");
+        }
+        break;
       case Kind::coded:
-        has(7, {3, 7});
+        has(7, {3, 6});
         for (size_t i = 3; i < tensors.size(); i++)
           if (get(i)) hold(*get(i));
-        c = describe_coded(a, weight, *get(3), get(4), get(5), get(6), *get(7), numbers[3],
-                           numbers[4], numbers[5]);
+        c = describe_coded(a, weight, *get(3), get(4), get(5), *get(6), numbers[3], numbers[4],
+                           numbers[5]);
         activations = numbers[6];
-        TORCH_CHECK_VALUE(activations >= 0 && activations <= 4, "no such activations");
+        TORCH_CHECK_VALUE(activations >= 0 && activations <= 3, "no such activations");
         break;
       default: TORCH_CHECK_VALUE(false, "no such kind of layer: ", numbers[0]);
     }
@@ -122,8 +134,12 @@ struct Product {
       read_wide(a, x, kind == Kind::rows && a.type == Type::bf16, wide, sums);
     } else {
       auto* offset = reinterpret_cast<int32_t*>(take(a.m * a.blocks));
+      const Rounding rounding = kind == Kind::int4     ? Rounding::blocks
+                                : kind == Kind::int8dq ? Rounding::token
+                                : a.scales             ? Rounding::bytes
+                                                       : Rounding::span;
       Quantized q{reinterpret_cast<int8_t*>(wide), scales, offset, a.groups ? sums : nullptr,
-                  kind == Kind::int4 ? 8 : 128, kind == Kind::int8dq};
+                  kind == Kind::int4 ? 8 : 128, rounding};
       kernels().quantize_rows(x, a, q, 0, a.m);
       a.xq = q.xq;
       a.xs = q.xs;
@@ -141,6 +157,7 @@ struct Product {
     if (first >= last) return;
     if (kind == Kind::rows) k.float_rows(a, first * 4, std::min(last * 4, a.n));
     else if (kind == Kind::coded) k.coded_tiles(own, first * 2, end);
+    else if (kind == Kind::int4dq) k.int4dq_tiles(a, first * 2, end);
     else if (kind == Kind::int4 && exact) k.int4_exact(a, first * 2, end);
     else if (kind == Kind::int4) k.int4_tiles(a, first * 2, end, 0, a.m);
     else if (exact) k.int8_exact(a, first * 2, end);
