@@ -1,8 +1,8 @@
 // vdpbf16ps on 512-bit registers, carried out in a handler of SIGILL: with it the kernels for
 // AVX-512 BF16 run, slowly, on any CPU with AVX-512 under Linux.
 //
-// The instruction (Intel's manual, volume 2): each fp32 lane of the destination gains the product of
-// the odd, then that of the even bf16 numbers of its lane; to nearest even, denormals as zeros.
+// The instruction (Intel's manual, volume 2): each fp32 lane of the destination gains the product
+// of the odd, then that of the even bf16 numbers of its lane; to nearest even, denormals as zeros.
 #include <cpuid.h>
 #include <math.h>
 #include <signal.h>
@@ -14,8 +14,8 @@
 
 namespace {
 
-// Of the interrupted thread's state, saved in XSAVE's layout: where the upper halves of ymm (2), those
-// of zmm0-15 (6) and all of zmm16-31 (7) lie.
+// Of the interrupted thread's state, saved in XSAVE's layout: where the upper halves of ymm (2),
+// those of zmm0-15 (6) and all of zmm16-31 (7) lie.
 uint32_t offset_of[8];
 struct sigaction before;
 
@@ -50,8 +50,9 @@ float widen(uint16_t half) {
 float flush(float x) { return fpclassify(x) == FP_SUBNORMAL ? copysignf(0, x) : x; }
 
 int64_t general(const ucontext_t* c, int r) {
-  static const int order[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
-                                REG_R8,  REG_R9,  REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
+  static const int order[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP,
+                                REG_RSI, REG_RDI, REG_R8,  REG_R9,  REG_R10, REG_R11,
+                                REG_R12, REG_R13, REG_R14, REG_R15};
   return c->uc_mcontext.gregs[order[r]];
 }
 
@@ -60,7 +61,8 @@ int64_t address(const ucontext_t* c, int modrm, bool b3, bool x3, const uint8_t*
   const int mod = modrm >> 6;
   int base = modrm & 7;
   int64_t at = 0;
-  bool has_base = mod != 0 || base != 5, to_next = !has_base;  // else: relative to the next instruction
+  bool has_base = mod != 0 || base != 5;
+  const bool to_next = !has_base;  // relative to the next instruction
   if (base == 4) {  // scale, index and base
     const int sib = *p++, index = (sib >> 3 & 7) | x3 << 3;
     if (index != 4) at = general(c, index) << (sib >> 6);
@@ -85,7 +87,8 @@ void carry_out(int, siginfo_t*, void* context) {
   auto* p = reinterpret_cast<const uint8_t*>(c->uc_mcontext.gregs[REG_RIP]);
   // EVEX, map 0F38, W0, prefix F3, 512 bits, no mask, no broadcast; opcode 52. Register numbers are
   // stored inverted.
-  if (p[0] != 0x62 || (p[1] & 15) != 2 || (p[2] & 0x87) != 6 || (p[3] & 0xf7) != 0x40 || p[4] != 0x52) {
+  if (p[0] != 0x62 || (p[1] & 15) != 2 || (p[2] & 0x87) != 6 || (p[3] & 0xf7) != 0x40 ||
+      p[4] != 0x52) {
     sigaction(SIGILL, &before, nullptr);  // not ours: it traps again
     return;
   }

@@ -13,7 +13,8 @@ using OptTensor = const std::optional<Tensor>&;
 
 // The n-bit weight of a product whose k, n and types are set; tensors as the modules repack them.
 Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& scales,
-                     OptTensor zeros, OptTensor positions, const Tensor& table, int64_t bits, int64_t group, int64_t exponent_bits);
+                     OptTensor zeros, OptTensor positions, const Tensor& table, int64_t bits,
+                     int64_t group, int64_t exponent_bits);
 // x [m, k] in the form of the n-bit products: fp32 in xw [m, kpad], rounded with scales xs [m] if
 // `activations` (the modes of round_rows), and, if `sums`, its sums over groups [m, groups].
 void read_coded(Linear& a, const void* x, bool sums, int64_t activations, float* xw, float* xs,

@@ -16,7 +16,8 @@ const void* data(OptTensor t, at::ScalarType type, int64_t count, const char* na
 }  // namespace
 
 Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& scales,
-                     OptTensor zeros, OptTensor positions, const Tensor& table, int64_t bits, int64_t group, int64_t exponent_bits) {
+                     OptTensor zeros, OptTensor positions, const Tensor& table, int64_t bits,
+                     int64_t group, int64_t exponent_bits) {
   TORCH_CHECK_VALUE(bits >= 1 && bits <= 8 && exponent_bits >= 0 && exponent_bits <= 5 &&
                         (!exponent_bits || (exponent_bits >= 2 && exponent_bits <= bits - 2)),
                     "no such format: ", bits, " bits, of them ", exponent_bits, " exponent");
@@ -90,8 +91,8 @@ void through_wide_panels(Call& call, const Coded& c, const Tensor& rows) {
 }
 
 Tensor coded_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, OptTensor zeros,
-                    OptTensor positions, const Tensor& table, OptTensor bias, int64_t n, int64_t k, int64_t bits, int64_t group,
-                    int64_t exponent_bits, int64_t activations) {
+                    OptTensor positions, const Tensor& table, OptTensor bias, int64_t n, int64_t k,
+                    int64_t bits, int64_t group, int64_t exponent_bits, int64_t activations) {
   TORCH_CHECK_VALUE(activations >= 0 && activations <= 3, "no such activations");
   Call call(x, bias, std::nullopt, n, k);
   Coded c = describe_coded(call.a, tiles, scales, zeros, positions, table, bits, group,

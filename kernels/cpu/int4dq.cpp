@@ -5,8 +5,8 @@
 //
 // Tile t holds output rows 16 t .. 16 t + 15, group after group: 16 scales and the 16 sums of the
 // group's integers (int16), then for each 32 columns 256 bytes: 16 bytes a row, column i in the low
-// nibble of byte i, column 16 + i in its high one. So 128 bits are one row, and a byte shuffle turns
-// its codes into the integers by the row's own table of 16.
+// nibble of byte i, column 16 + i in its high one. Rows past the last repeat it. So 128 bits are
+// one row, and a byte shuffle turns its codes into the integers by the row's own table of 16.
 // With x = s_x (u + bottom), u in 0..255: sum x w = s_x (sum u w + bottom sum w).
 #include "level.h"
 
@@ -118,7 +118,7 @@ static void multiply(const Linear& a, int64_t tile, int64_t m0, const uint8_t* b
   const uint8_t* x = (const uint8_t*)a.xq + m0 * a.kpad;
   vi dots[M][4][kParts] = {}, tables[4][kParts];
   vf sums[M][4][kParts] = {};
-  alignas(64) int32_t whole[16] = {};  // sums of the weight's rows: of integers, or times their scales
+  alignas(64) int32_t whole[16] = {};  // sums of the weight's rows; scaled: times the scales
   alignas(64) float scaled[16] = {}, scales[16];
   for (int64_t g = 0; g < a.groups; g++) {
     const uint16_t* params = (const uint16_t*)w;
@@ -249,7 +249,8 @@ void unsigned_rows(const void* x, const Linear& a, const Quantized& out, int64_t
       }
     });
     const float least = -max_of(-low), most = max_of(high) + sum(doubt);
-    float scale = at_least(larger(-least, most) / 127, 1e-5f);  // a NaN makes all results of the row NaN
+    // a NaN makes all of the row's results NaN
+    float scale = at_least(larger(-least, most) / 127, 1e-5f);
     int32_t bottom = -128;
     if (out.rounding == Rounding::span) {
       scale = at_least((most - least) / 255, 1.1920929e-7f);

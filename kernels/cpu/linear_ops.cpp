@@ -223,13 +223,14 @@ Tensor int4dq_repack(const Tensor& codes, const Tensor& scales, int64_t k, int64
         to += 64;
         for (int64_t k0 = g * group; k0 < std::min((g + 1) * group, k); k0 += 32, to += 256)
           for (int64_t r = 0; r < 16; r++) {
-            const int64_t row = t * 16 + r;
-            if (row < n) params[r] = bits[row * groups + g];
+            const int64_t row = std::min(t * 16 + r, n - 1), at = row * groups + g;
+            const uint8_t* line = p + row * div_up(k, 2) + k0 / 2;
+            params[r] = bits[at];
             for (int64_t c = 0; c < 32; c++) {
-              int code = 8;  // what lies past the edges is 0
-              if (row < n && k0 + c < k) code = p[row * div_up(k, 2) + (k0 + c) / 2] >> (c % 2 * 4) & 15;
+              // 8 is 0: what lies past the last column
+              const int code = k0 + c < k ? line[c / 2] >> (c % 2 * 4) & 15 : 8;
               to[r * 16 + c % 16] |= code << (c / 16 * 4);
-              sums[r] += nested && row < n ? int(nearbyint((code - 8) * factor[row * groups + g])) : code - 8;
+              sums[r] += nested ? int(nearbyint((code - 8) * factor[at])) : code - 8;
             }
           }
       }
@@ -238,8 +239,8 @@ Tensor int4dq_repack(const Tensor& codes, const Tensor& scales, int64_t k, int64
   return tiles;
 }
 
-Tensor int4dq_linear(const Tensor& x, const Tensor& tiles, OptTensor scales, OptTensor bias, int64_t n,
-                     int64_t k, int64_t group) {
+Tensor int4dq_linear(const Tensor& x, const Tensor& tiles, OptTensor scales, OptTensor bias,
+                     int64_t n, int64_t k, int64_t group) {
   TORCH_CHECK_VALUE(k <= kMostExact, "int4dq sums in 32 bits: K is at most 65536, not ", k);
   Call call(x, bias, scales, n, k);
   const int64_t bytes = int4dq_tile_bytes(k, group);
