@@ -390,13 +390,9 @@ INLINE vf to_e4m3(vf x) {
 
 // Rows that share one scale s = max(amax / 448, 1e-12) to e4m3.
 static void round_float8(float* x, int64_t m, int64_t kpad, float* scales) {
-  vf most{}, doubt{};  // doubt: 0, or NaN where any number is NaN or infinite
-  for (int64_t i = 0; i < m * kpad; i += kLanes) {
-    const vf v = load<vf>(x + i);
-    most = max(most, max(v, -v));
-    doubt += v - v;
-  }
-  const float scale = at_least((max_of(most) + sum(doubt)) / 448, 1e-12f);
+  Range range;
+  for (int64_t i = 0; i < m * kpad; i += kLanes) range.add(load<vf>(x + i));
+  const float scale = at_least(range.magnitude() / 448, 1e-12f);
   for (int64_t i = 0; i < m * kpad; i += kLanes) {
     vf q = load<vf>(x + i) / splat(scale);
     q = q < -448.0f ? splat(-448.0f) : q > 448.0f ? splat(448.0f) : q;
@@ -414,18 +410,9 @@ void round_rows(float* x, int64_t m, int64_t k, int64_t kpad, int mode, float* s
     return;
   }
   for (int64_t r = 0; r < m; r++, x += kpad) {
-    vf low{}, high{}, doubt{};  // doubt: 0, or NaN where any number is NaN or infinite
-    for (int64_t i = 0; i < kpad; i += kLanes) {
-      vf v = load<vf>(x + i);
-      low = v < low ? v : low;
-      high = max(high, v);
-      doubt += v - v;
-    }
-    const float least = -max_of(-low), most = max_of(high) + sum(doubt);
-    const float scale = at_least((most - least) / 255, 1.1920929e-7f);
-    // of vectors, so that it rounds as they do
-    const float zero = to_float(round_to_int(splat(least) / splat(scale)))[0];
-    const float bottom = max(zero, -255.0f), top = bottom + 255;
+    Range range;
+    for (int64_t i = 0; i < kpad; i += kLanes) range.add(load<vf>(x + i));
+    const float scale = range.scale(), bottom = float(range.bottom(scale)), top = bottom + 255;
     for (int64_t i = 0; i < kpad; i += kLanes) {
       vf q = to_float(round_to_int(load<vf>(x + i) / splat(scale)));
       q = q < bottom ? splat(bottom) : q > top ? splat(top) : q;

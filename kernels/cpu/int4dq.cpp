@@ -239,24 +239,14 @@ void unsigned_rows(const void* x, const Linear& a, const Quantized& out, int64_t
         f(k, min(kChunk, a.kpad - k));
       }
     };
-    vf low{}, high{}, doubt{};  // doubt: 0, or NaN where any number is NaN or infinite
+    Range range;
     each_chunk([&](int64_t, int64_t len) {
-      for (int64_t i = 0; i < len; i += kLanes) {
-        const vf v = load<vf>(values + i);
-        low = v < low ? v : low;
-        high = max(high, v);
-        doubt += v - v;
-      }
+      for (int64_t i = 0; i < len; i += kLanes) range.add(load<vf>(values + i));
     });
-    const float least = -max_of(-low), most = max_of(high) + sum(doubt);
     // a NaN makes all of the row's results NaN
-    float scale = at_least(larger(-least, most) / 127, 1e-5f);
-    int32_t bottom = -128;
-    if (out.rounding == Rounding::span) {
-      scale = at_least((most - least) / 255, 1.1920929e-7f);
-      bottom = round_to_int(splat(least) / splat(scale))[0];  // of vectors: it rounds as they do
-      bottom = bottom < -255 ? -255 : bottom;
-    }
+    const bool span = out.rounding == Rounding::span;
+    const float scale = span ? range.scale() : at_least(range.magnitude() / 127, 1e-5f);
+    const int32_t bottom = span ? range.bottom(scale) : -128;
     each_chunk([&](int64_t k, int64_t len) {
       for (int64_t i = 0; i < len; i += kLanes) {
         vi u = round_to_int(load<vf>(values + i) / splat(scale)) - bottom;

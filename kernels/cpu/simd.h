@@ -196,6 +196,25 @@ INLINE vi dot4(vi acc, vi w, vi x) {
 // The nearest integer of |x| < 2^22, ties to even: adding 1.5 * 2^23 leaves it in the mantissa.
 INLINE vi round_to_int(vf x) { return (vi)(x + 12582912.0f) - 0x4b400000; }
 
+// The lowest and the highest of many numbers and 0; `most` is NaN if any is NaN or infinite.
+struct Range {
+  vf low{}, high{}, doubt{};
+  INLINE void add(vf v) {
+    low = v < low ? v : low;
+    high = max(high, v);
+    doubt += v - v;
+  }
+  float least() const { return -max_of(-low); }
+  float most() const { return max_of(high) + sum(doubt); }
+  float magnitude() const { return larger(-least(), most()); }
+  // Asymmetric int8: the scale of 255 steps, and round(least / scale), at least -255.
+  float scale() const { return at_least((most() - least()) / 255, 1.1920929e-7f); }
+  int32_t bottom(float scale) const {
+    const int32_t q = round_to_int(splat(least()) / splat(scale))[0];  // rounds as vectors do
+    return q < -255 ? -255 : q > 0 ? 0 : q;
+  }
+};
+
 // e^x for x <= 0: 2^n times a polynomial of degree 6 on [-ln2/2, ln2/2]; relative error 2e-7.
 INLINE vf exp(vf x) {
   x = max(x, splat(-87.0f));
