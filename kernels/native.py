@@ -3,10 +3,10 @@
 `load()` compiles `cpu/*.cpp` with the system's C++ compiler into torch's extension cache
 (`TORCH_EXTENSIONS_DIR`, else `~/.cache/torch_extensions`), each file under a hash of the sources,
 the flags and the versions, so that an edit rebuilds only what it touches. Kernels are compiled once
-per level (portable, AVX2, AVX-512 with VNNI, and that with BF16); the level that this CPU has is
-chosen at load. Importing this file does nothing.
+per level (portable, AVX2, AVX-512 with VNNI, that with BF16, that with AMX); the best that this CPU
+has is chosen at load. Importing this file does nothing.
 
-Environment: `CXX` names the compiler; `FLATLLAMA_CPU=portable|avx2|avx512|avx512bf16` forces
+Environment: `CXX` names the compiler; `FLATLLAMA_CPU=portable|avx2|avx512|avx512bf16|amx` forces
 a level; `FLATLLAMA_EXACT=1` keeps activations unrounded in the int4 products.
 """
 
@@ -33,7 +33,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     LEVELS["avx512"] = [*LEVELS["avx2"], *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni"))]
     LEVELS["avx512bf16"] = [*LEVELS["avx512"], "-mavx512bf16"]
-BF16_FILES = ("float", "level")  # those of avx512bf16: what it lacks is that of avx512
+    LEVELS["amx"] = [*LEVELS["avx512bf16"], "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
+FILES = {"avx512bf16": ("float", "level"), "amx": ("amx", "level")}  # the rest: of levels below
 FLAGS = ["-std=c++20", "-fPIC", "-fopenmp", "-w"]
 
 _loaded: bool | None = None  # None: not tried yet
@@ -59,7 +60,7 @@ def exact_activations(flag: bool | None = None) -> bool:
     """Whether int4 products use activations as they are; `flag` sets it.
 
     By default int4 products round activations to int8 in blocks of 64 columns (the largest divisor
-    of the group size up to 64), each with its own fp32 scale.
+    of the group size up to 64), each with its own fp32 scale. Not 128 and more rows with AMX.
     """
     global _exact
     if flag is not None:
@@ -116,7 +117,7 @@ def _jobs(compiler: str, folder: Path) -> list[tuple[list[str], Path]]:
         variants = [
             ["-O3", *flags, f"-DCPU_LEVEL={level}"]
             for level, flags in LEVELS.items()
-            if level != "avx512bf16" or source.stem in BF16_FILES
+            if source.stem in FILES.get(level, ()) or (level not in FILES and source.stem != "amx")
         ]
         for flags in [torch_flags] if source.stem.endswith("_ops") else variants:
             command = [compiler, *FLAGS, *flags, "-c", source.name]
@@ -166,7 +167,7 @@ def _run(command: list[str], out: Path) -> None:
 
 
 def set_cpu_level(level: str, emulated: bool = False) -> str:
-    """Run the kernels of `level` (best, avx512bf16, avx512, avx2, portable); returns its name.
+    """Run the kernels of `level` (best, amx, avx512bf16, avx512, avx2, portable); returns its name.
 
     A level that this CPU lacks is a ValueError, unless its instructions are `emulated`.
     """

@@ -62,6 +62,16 @@ def level(request, library):
 
 
 @pytest.fixture
+def amx_level(library):
+    """The level with AMX, where this CPU has it."""
+    try:
+        yield native.set_cpu_level("amx")
+    except (ValueError, RuntimeError):
+        pytest.skip("this CPU has no AMX")
+    native.set_cpu_level("best")
+
+
+@pytest.fixture
 def bf16_level(library, tmp_path):
     """The level with AVX-512 BF16, its one instruction emulated where only AVX-512 is there."""
     try:

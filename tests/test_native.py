@@ -101,26 +101,62 @@ def test_int8dq_linear(level, m, dtype):
         close(ops.int8dq_linear(x, ops.int8_repack(q), scales, bias, n, k), want, dtype)
 
 
+def int4_weight(n, k, groupsize, generator):
+    """Tiles of random codes, scales and zeros; and the weight they stand for, fp64."""
+    q = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
+    packed = torch.nn.functional.pad(q, (0, k % 2))
+    packed = packed[:, ::2] | packed[:, 1::2] << 4
+    groups = -(-k // groupsize)
+    scales = torch.rand(n, groups, generator=generator).bfloat16()
+    zeros = torch.randn(n, groups, generator=generator).bfloat16()
+    s, z = (p.double().repeat_interleave(groupsize, 1)[:, :k] for p in (scales, zeros))
+    return ops.int4_repack(packed, scales, zeros, k, groupsize), (q.double() - 8) * s + z
+
+
 @pytest.mark.parametrize("groupsize", [8, 32, 64, 72, 256])
 @pytest.mark.parametrize("m", ROWS)
 def test_int4_linear(level, m, groupsize):
     dtype = DTYPES[m % 3]
     for n, k in SHAPES:
         x, bias, generator = make(m, n, k, dtype)
-        q = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
-        packed = torch.nn.functional.pad(q, (0, k % 2))
-        packed = packed[:, ::2] | packed[:, 1::2] << 4
-        groups = -(-k // groupsize)
-        scales = torch.rand(n, groups, generator=generator).bfloat16()
-        zeros = torch.randn(n, groups, generator=generator).bfloat16()
-        s, z = (p.double().repeat_interleave(groupsize, 1)[:, :k] for p in (scales, zeros))
-        w = (q.double() - 8) * s + z
-        tiles = ops.int4_repack(packed, scales, zeros, k, groupsize)
+        tiles, w = int4_weight(n, k, groupsize, generator)
         want = x.double() @ w.T + bias.double()
         close(ops.int4_linear(x, tiles, bias, n, k, groupsize, True), want, dtype)
         block = next(b for b in range(min(groupsize, 64), 0, -8) if groupsize % b == 0)
         want = rounded(x, block) @ w.T + bias.double()
         close(ops.int4_linear(x, tiles, bias, n, k, groupsize, False), want, dtype)
+
+
+AMX_SHAPES = [(96, 576), (35, 100), (1, 1), (50, 77), (130, 1100)]  # N, K
+
+
+def test_weight_only_with_amx(amx_level):
+    """int8 at any number of rows, int4 with the inputs as they are at many, asked for or not."""
+    for m, (n, k) in itertools.product([17, 32, 100, 128, 530], AMX_SHAPES):
+        x, bias, generator = make(m, n, k, torch.bfloat16)
+        q = torch.randint(-128, 128, (n, k), generator=generator, dtype=torch.int8)
+        scales = torch.rand(n, generator=generator)
+        want = x.double() @ (q.double() * scales.double()[:, None]).T + bias.double()
+        close(ops.int8_linear(x, ops.int8_repack(q), scales, bias, n, k), want, x.dtype)
+        for groupsize in (32, 72):
+            tiles, w = int4_weight(n, k, groupsize, generator)
+            want = x.double() @ w.T + bias.double()
+            for exact in (True,) if m < 128 else (True, False):
+                y = ops.int4_linear(x, tiles, bias, n, k, groupsize, exact)
+                close(y, want, x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8dq_with_amx(amx_level, dtype):
+    """The same integers as without it, so the same results to the bit; rows left over too."""
+    for m, (n, k) in itertools.product([16, 31, 50], [*AMX_SHAPES, (40, 1024)]):
+        x, bias, generator = make(m, n, k, dtype)
+        q = torch.randint(-128, 128, (n, k), generator=generator, dtype=torch.int8)
+        arguments = x, ops.int8_repack(q), torch.rand(n, generator=generator), bias, n, k
+        y = ops.int8dq_linear(*arguments)
+        native.set_cpu_level("avx512")
+        assert torch.equal(y, ops.int8dq_linear(*arguments))
+        native.set_cpu_level("amx")
 
 
 @pytest.mark.parametrize("m", [1, 40])

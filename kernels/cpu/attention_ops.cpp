@@ -15,12 +15,32 @@ namespace portable { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 namespace avx512bf16 { extern const Kernels kernels; }
+namespace amx { extern const Kernels kernels; }
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace {
 
+// Whether this CPU has AMX with int8 and bf16 and the system lets this process use its tiles.
+bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned a, b, c, d = 0;
+  constexpr unsigned kAll = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAll) == kAll &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 bool runs_here(const std::string& level) {
 #if defined(__x86_64__)
+  if (level == "amx") return runs_here("avx512bf16") && has_amx();
   if (level == "avx512bf16") return runs_here("avx512") && __builtin_cpu_supports("avx512bf16");
   if (level == "avx512")
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -35,18 +55,19 @@ bool runs_here(const std::string& level) {
 
 const Kernels* find_level(const std::string& level, bool emulated) {
   if (level == "best") {
-    for (const char* name : {"avx512bf16", "avx512", "avx2"})
+    for (const char* name : {"amx", "avx512bf16", "avx512", "avx2"})
       if (runs_here(name)) return find_level(name, false);
     return &portable::kernels;
   }
   const Kernels* found = level == "portable" ? &portable::kernels : nullptr;
 #if defined(__x86_64__)
+  if (level == "amx") found = &amx::kernels;
   if (level == "avx512bf16") found = &avx512bf16::kernels;
   if (level == "avx512") found = &avx512::kernels;
   if (level == "avx2") found = &avx2::kernels;
 #endif
   TORCH_CHECK_VALUE(found && (emulated || runs_here(level)), "CPU level '", level,
-                    "' is unknown or this CPU lacks it: best, avx512bf16, avx512, avx2 or portable");
+                    "' is unknown or this CPU lacks it: best, amx, avx512bf16, avx512, avx2 or portable");
   return found;
 }
 

@@ -1,6 +1,7 @@
 // What the operators of products share: the checks, the result, and the split over threads.
 #pragma once
 #include <ATen/Parallel.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
@@ -41,10 +42,13 @@ int64_t int4_tile_bytes(int64_t k, int64_t group) {
   return div_up(k, 8) * 64 + div_up(k, group) * 64;
 }
 
-// x [m, k] in the form of the exact products: fp32 [m, kpad], and its sums over groups [groups, m].
-inline void read_wide(Linear& a, const void* x, bool paired, float* wide, float* sums) {
+// x [m, k] in the form of the exact products: fp32 [m, kpad] times a factor, and its sums over groups
+// [groups, m].
+inline void read_wide(Linear& a, const void* x, bool paired, float* wide, float* sums,
+                      float factor = 1) {
   kernels().widen_rows(x, a.type, a.m, a.k, a.kpad, paired, wide);
   a.x = wide;
+  for (int64_t i = 0; factor != 1 && i < a.m * a.kpad; i++) wide[i] *= factor;
   for (int64_t m = 0; m < a.m; m++)
     for (int64_t g = 0; g < a.groups; g++) {
       float total = 0;
@@ -109,8 +113,11 @@ struct Call {
     });
   }
 
-  // Many rows: fp32 products with panels of W, kPanelRows rows of x at a time.
+  bool has_bf16_panels() const { return kernels().bf16_panels && a.type == Type::bf16; }
+
+  // Many rows: products with panels of W. In fp32 kPanelRows rows of x at a time.
   void through_panels(Format format) {
+    if (has_bf16_panels()) return through_bf16_panels(format);
     const int64_t rows = std::min(a.m, kPanelRows), all = a.m, count = div_up(a.n, kPanelWidth);
     const int64_t per_thread = kPanelWidth * (kPanelDepth + rows), size = x.element_size();
     const int64_t threads = at::get_num_threads();
@@ -130,6 +137,18 @@ struct Call {
         kernels().panels(a, format, i, j, own + at::get_thread_num() * per_thread);
       });
     }
+  }
+
+ private:
+  void through_bf16_panels(Format format) {
+    const int64_t rows = div_up(a.m, 16) * 16, columns = div_up(a.k, 32) * 32;
+    Tensor whole = x.view({a.m, a.k});
+    if (a.m < rows || a.k < columns)
+      whole = at::constant_pad_nd(whole, {0, columns - a.k, 0, rows - a.m});
+    a.x = static_cast<const float*>(whole.const_data_ptr());
+    at::parallel_for(0, div_up(a.n, kPanelWidth), 1, [&](int64_t i, int64_t j) {
+      kernels().bf16_panels(a, format, i, j);
+    });
   }
 };
 

@@ -1,14 +1,16 @@
 // y = x W^T for one to a few rows of x and a row-major weight in bf16, fp16 or fp32.
 //
-// Four rows of W at a time stream through the registers, each weight widened to fp32 and multiplied
-// by every row of x. bf16 widens at one operation per vector: the even and the odd numbers of
-// a 32-bit lane, so x lies "paired": kLanes even columns, then kLanes odd ones. With AVX-512 BF16
-// nothing is widened: one instruction multiplies the two numbers of each lane, and x stays bf16.
+// Four rows of W at a time stream through the registers, as far apart as they can, so that each goes on
+// where it ends: short streams leave the memory idle. Each weight is widened to fp32 and multiplied by
+// every row of x. bf16 widens at one operation per vector: the even and the odd numbers of a 32-bit
+// lane, so x lies "paired": kLanes even columns, then kLanes odd ones. With AVX-512 BF16 nothing is
+// widened: one instruction multiplies the two numbers of each lane, and x stays bf16.
 #include "level.h"
 
 namespace CPU_LEVEL {
 
 constexpr int kStep = 2 * kLanes;  // columns of W taken at a time
+constexpr int kAhead = 1024;       // bytes; what lies nearer is on its way
 #if defined(__AVX512BF16__)
 constexpr bool kDot2 = true;
 #else
@@ -30,10 +32,11 @@ INLINE void widen(const char* p, vf& a, vf& b) {
   }
 }
 
-// R rows of W from n0 on, M rows of x from m0 on.
+// Rows n0, n0 + apart, ... of W, R of them; M rows of x from m0 on.
 template <Type type, int R, int M>
-static void block(const Linear& a, int64_t n0, int64_t m0) {
+static void block(const Linear& a, int64_t n0, int64_t apart, int64_t m0) {
   constexpr int kBytes = type == Type::fp32 ? 4 : 2;
+  const int64_t row_bytes = a.k * kBytes;
   vf even[R][M] = {}, odd[R][M] = {};
   const char* w = (const char*)a.w + n0 * a.k * kBytes;
   const float* x = a.x + m0 * a.kpad;
@@ -43,7 +46,7 @@ static void block(const Linear& a, int64_t n0, int64_t m0) {
       UNROLL
       for (int r = 0; r < R; r++) {
         w2[r] = load<vu>(rows + r * stride);
-        prefetch(rows + (r + R) * stride);
+        prefetch(rows + r * stride + kAhead);
       }
       UNROLL
       for (int m = 0; m < M; m++) {
@@ -57,7 +60,7 @@ static void block(const Linear& a, int64_t n0, int64_t m0) {
     UNROLL
     for (int r = 0; r < R; r++) {
       widen<type>(rows + r * stride, wa[r], wb[r]);
-      prefetch(rows + (r + R) * stride);
+      prefetch(rows + r * stride + kAhead);
     }
     UNROLL
     for (int m = 0; m < M; m++) {
@@ -72,42 +75,37 @@ static void block(const Linear& a, int64_t n0, int64_t m0) {
     }
   };
   int64_t k = 0;
-  for (; k + kStep <= a.k; k += kStep) step(w + k * kBytes, a.k * kBytes, k);
+  for (; k + kStep <= a.k; k += kStep) step(w + k * kBytes, apart * row_bytes, k);
   if (k < a.k) {
     char edge[R][kStep * kBytes] = {};
-    for (int r = 0; r < R; r++) memcpy(edge[r], w + (r * a.k + k) * kBytes, (a.k - k) * kBytes);
+    for (int r = 0; r < R; r++)
+      memcpy(edge[r], w + r * apart * row_bytes + k * kBytes, row_bytes - k * kBytes);
     step(edge[0], kStep * kBytes, k);
   }
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) {
       float y = sum(even[r][m] + odd[r][m]);
-      if (a.bias) y += load_one(a.bias, type, n0 + r);
-      store_one(a.y, type, (m0 + m) * a.n + n0 + r, y);
+      if (a.bias) y += load_one(a.bias, type, n0 + r * apart);
+      store_one(a.y, type, (m0 + m) * a.n + n0 + r * apart, y);
     }
 }
 
+// Rows n0 .. n1 of W, R at a time.
 template <Type type, int R>
-static void rows(const Linear& a, int64_t n0) {
+static void rows(const Linear& a, int64_t n0, int64_t n1) {
   constexpr int kMost = kLanes == 16 ? 4 : 2;  // sums that fit the registers beside R weights
-  int64_t m = 0;
-  for (; m + kMost <= a.m; m += kMost) block<type, R, kMost>(a, n0, m);
-  if constexpr (kMost == 4) {
-    if (a.m - m == 3) block<type, R, 3>(a, n0, m);
-    if (a.m - m == 2) block<type, R, 2>(a, n0, m);
-  }
-  if (a.m - m == 1) block<type, R, 1>(a, n0, m);
-}
-
-template <Type type>
-static void all_rows(const Linear& a, int64_t n0, int64_t n1) {
-  for (; n0 + 4 <= n1; n0 += 4) rows<type, 4>(a, n0);
-  for (; n0 < n1; n0++) rows<type, 1>(a, n0);
+  const int64_t apart = (n1 - n0) / R;
+  for (int64_t n = n0; n < n0 + apart; n++)
+    each_row<kMost, 1>(0, 0, a.m, [&](auto m, auto, int64_t, int64_t row) {
+      block<type, R, m.value>(a, n, apart, row);
+    });
+  if constexpr (R > 1) rows<type, 1>(a, n0 + apart * R, n1);
 }
 
 void float_rows(const Linear& a, int64_t n0, int64_t n1) {
-  if (a.type == Type::bf16) all_rows<Type::bf16>(a, n0, n1);
-  else if (a.type == Type::fp16) all_rows<Type::fp16>(a, n0, n1);
-  else all_rows<Type::fp32>(a, n0, n1);
+  if (a.type == Type::bf16) rows<Type::bf16, 4>(a, n0, n1);
+  else if (a.type == Type::fp16) rows<Type::fp16, 4>(a, n0, n1);
+  else rows<Type::fp32, 4>(a, n0, n1);
 }
 
 void widen_rows(const void* x, Type type, int64_t m, int64_t k, int64_t kpad, bool paired,

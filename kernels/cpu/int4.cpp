@@ -9,10 +9,6 @@
 
 namespace CPU_LEVEL {
 
-constexpr int kParams = 64;  // bytes of the scales and zeros of a group
-
-INLINE int64_t tile_bytes(const Linear& a) { return a.kpad * 8 + a.groups * kParams; }
-
 INLINE vi low_nibbles(vi v) { return v & 0x0f0f0f0f; }
 INLINE vi high_nibbles(vi v) { return (v >> 4) & 0x0f0f0f0f; }
 
@@ -20,12 +16,12 @@ INLINE vi high_nibbles(vi v) { return (v >> 4) & 0x0f0f0f0f; }
 template <int M, int T, bool kUnpacked>
 static void quantized(const Linear& a, int64_t tile, int64_t m0, const uint8_t* bytes) {
   vf sums[M][T][kParts] = {};
-  const uint8_t* w = (const uint8_t*)a.w + tile * tile_bytes(a);
-  const int64_t stride = tile_bytes(a), per_group = a.group / a.block;
+  const uint8_t* w = (const uint8_t*)a.w + tile * int4_tile_bytes(a);
+  const int64_t stride = int4_tile_bytes(a), per_group = a.group / a.block;
   const int8_t* xq = a.xq + m0 * a.kpad;
   for (int64_t g = 0; g < a.groups; g++) {
     const int64_t begin = g * a.group, end = min(begin + a.group, a.kpad);
-    const uint8_t* codes = w + begin * 8 + g * kParams;
+    const uint8_t* codes = w + begin * 8 + g * kInt4Params;
     const uint8_t* params = codes + (end - begin) * 8;
     int64_t b = g * per_group;
     for (int64_t k0 = begin; k0 < end; k0 += a.block, b++) {
@@ -116,12 +112,12 @@ INLINE vf nibble(vi v, int i) {
 template <int M, int T>
 static void exact(const Linear& a, int64_t tile, int64_t m0) {
   vf sums[M][T][kParts] = {};
-  const uint8_t* w = (const uint8_t*)a.w + tile * tile_bytes(a);
-  const int64_t stride = tile_bytes(a);
+  const uint8_t* w = (const uint8_t*)a.w + tile * int4_tile_bytes(a);
+  const int64_t stride = int4_tile_bytes(a);
   const float* x = a.x + m0 * a.kpad;
   for (int64_t g = 0; g < a.groups; g++) {
     const int64_t begin = g * a.group, end = min(begin + a.group, a.kpad);
-    const uint8_t* codes = w + begin * 8 + g * kParams;
+    const uint8_t* codes = w + begin * 8 + g * kInt4Params;
     const uint8_t* params = codes + (end - begin) * 8;
     vf dots[M][T][kParts] = {}, more[M][T][kParts] = {};
     for (int64_t k = begin; k < end; k += 8)
@@ -160,10 +156,10 @@ static void exact(const Linear& a, int64_t tile, int64_t m0) {
 
 // The codes of a tile as bytes, four columns of 16 rows in 64 of them: the form of int8 tiles.
 static void unpack(const Linear& a, int64_t tile, uint8_t* out) {
-  const uint8_t* w = (const uint8_t*)a.w + tile * tile_bytes(a);
+  const uint8_t* w = (const uint8_t*)a.w + tile * int4_tile_bytes(a);
   for (int64_t k = 0; k < a.kpad; k += 8)
     for (int p = 0; p < kParts; p++) {
-      vi v = load<vi>(w + k * 8 + k / a.group * kParams + p * kLanes * 4);
+      vi v = load<vi>(w + k * 8 + k / a.group * kInt4Params + p * kLanes * 4);
       store(out + k * 16 + p * kLanes * 4, low_nibbles(v));
       store(out + k * 16 + 64 + p * kLanes * 4, high_nibbles(v));
     }
@@ -197,7 +193,7 @@ void int4_exact(const Linear& a, int64_t t0, int64_t t1) {
 void int4_panel(const Linear& a, int64_t tile, int64_t k0, int64_t k1, float* out) {
   for (int64_t k = k0; k < k1; k += 8) {
     const int64_t g = k / a.group, begin = g * a.group, end = min(begin + a.group, a.kpad);
-    const uint8_t* codes = (const uint8_t*)a.w + tile * tile_bytes(a) + begin * 8 + g * kParams;
+    const uint8_t* codes = (const uint8_t*)a.w + tile * int4_tile_bytes(a) + begin * 8 + g * kInt4Params;
     const uint8_t* params = codes + (end - begin) * 8;
     for (int p = 0; p < kParts; p++) {
       vf scale = bf16_load(params + p * kLanes * 2), zero = bf16_load(params + 32 + p * kLanes * 2);

@@ -135,7 +135,19 @@ static void quantized(const Linear& a, int64_t tile, int64_t m0) {
     for (int m = 0; m < M; m++) finish(a, m0 + m, (tile + t) * 16, sums[m][t]);
 }
 
-// M rows of x against T tiles: fp32 activations, weights widened in registers.
+// Byte i of each lane, a signed number, times 2^24: an operation less than the number itself.
+INLINE vf byte_on_top(vi v, int i) {
+#if defined(__AVX512F__)
+  if (i == 1 || i == 2) {  // -1: zero
+    const __m128i from = _mm_setr_epi8(-1, -1, -1, char(i), -1, -1, -1, char(i + 4),
+                                       -1, -1, -1, char(i + 8), -1, -1, -1, char(i + 12));
+    return to_float((vi)_mm512_shuffle_epi8((__m512i)v, _mm512_broadcast_i32x4(from)));
+  }
+#endif
+  return to_float((v << (24 - 8 * i)) & int32_t(0xff000000));
+}
+
+// M rows of x, times kByteOnTop, against T tiles: fp32 activations, weights widened in registers.
 template <int M, int T>
 static void exact(const Linear& a, int64_t tile, int64_t m0) {
   vf sums[M][T][kParts] = {}, more[M][T][kParts] = {};
@@ -150,7 +162,7 @@ static void exact(const Linear& a, int64_t tile, int64_t m0) {
         if (p == 0) prefetch(w + ((t + T) * a.kpad + k) * 16);
         UNROLL
         for (int i = 0; i < 4; i++) {
-          vf q = to_float((v << (24 - 8 * i)) >> 24);
+          vf q = byte_on_top(v, i);
           UNROLL
           for (int m = 0; m < M; m++) {
             vf& into = M == 1 && i % 2 ? more[m][t][p] : sums[m][t][p];

@@ -1,10 +1,11 @@
-// What the operators (*_ops.cpp) and the kernels of one level (portable, AVX2, AVX-512, AVX-512 BF16)
-// know of each other.
+// What the operators (*_ops.cpp) and the kernels of one level (portable, AVX2, AVX-512, AVX-512 BF16,
+// AMX) know of each other.
 #pragma once
 #include <stdint.h>
 
 enum class Type : int { fp32, bf16, fp16 };
 
+constexpr float kByteOnTop = 0x1p-24f;  // factor of x in int8_exact, which takes w times 2^24
 constexpr int64_t kFewRows = 16;  // of x: up to here the products stream the weight themselves
 
 // One product y [m, n] = x [m, k] W^T, in the forms that a kernel may need.
@@ -85,6 +86,8 @@ struct Kernels {
   void (*int4dq_tiles)(const Linear&, int64_t tile0, int64_t tile1);  // a.scales: nested
   // panels of 32 outputs, many rows; scratch: kPanelWidth (kPanelDepth + m) floats
   void (*panels)(const Linear&, Format, int64_t panel0, int64_t panel1, float* scratch);
+  // the same for bf16 x [m, k] as it is, zeros up to whole 16 rows of whole 32 columns; may be null
+  void (*bf16_panels)(const Linear&, Format, int64_t panel0, int64_t panel1);
   // rows of fp32 x [m, kpad] in place, and their scales [m]; mode 1: to integers of a span of 255;
   // 2: to e4m3; 3: to e4m3, all rows with one scale
   void (*round_rows)(float* x, int64_t m, int64_t k, int64_t kpad, int mode, float* scales);

@@ -4,15 +4,23 @@
 #define STRING_(x) #x
 #define STRING(x) STRING_(x)
 
-#if defined(__AVX512BF16__)  // the products of bf16 weights; the rest is that of the level below
+#if defined(__AVX512BF16__)  // some products; the rest is that of the levels below
 namespace avx512 { extern const Kernels kernels; }
+namespace avx512bf16 {
+decltype(CPU_LEVEL::widen_rows) widen_rows;
+decltype(CPU_LEVEL::float_rows) float_rows;
+}  // namespace avx512bf16
 
 namespace CPU_LEVEL {
 static Kernels with_products() {
   Kernels all = avx512::kernels;
   all.name = STRING(CPU_LEVEL);
-  all.widen_rows = widen_rows;
-  all.float_rows = float_rows;
+  all.widen_rows = avx512bf16::widen_rows;
+  all.float_rows = avx512bf16::float_rows;
+#if defined(__AMX_TILE__)
+  all.int8_tiles = int8_tiles;
+  all.bf16_panels = bf16_panels;
+#endif
   return all;
 }
 extern const Kernels kernels = with_products();

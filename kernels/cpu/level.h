@@ -16,6 +16,7 @@ void int4_exact(const Linear&, int64_t tile0, int64_t tile1);
 void int4dq_tiles(const Linear&, int64_t tile0, int64_t tile1);
 void int4_panel(const Linear&, int64_t tile, int64_t k0, int64_t k1, float* out);
 void panels(const Linear&, Format, int64_t panel0, int64_t panel1, float* scratch);
+void bf16_panels(const Linear&, Format, int64_t panel0, int64_t panel1);
 void round_rows(float* x, int64_t m, int64_t k, int64_t kpad, int mode, float* scales);
 void coded_tiles(const Coded&, int64_t tile0, int64_t tile1);
 void coded_widen(const Coded&, int64_t tile0, int64_t tile1, int64_t stride, float* out);
@@ -29,6 +30,9 @@ void silu_mul(const void* gate, const void* up, Type, int64_t n, void*);
 void add(const void*, const void*, Type, int64_t n, void*);
 void multiply_scale(const void*, const void* scale, Type, int64_t n, void*);
 float quantize_slot(const void*, Type, int64_t d, Type scale_type, int8_t*);
+
+constexpr int kInt4Params = 64;  // bytes of the scales and zeros of a group
+INLINE int64_t int4_tile_bytes(const Linear& a) { return a.kpad * 8 + a.groups * kInt4Params; }
 
 constexpr int kTiles = kLanes == 16 ? 2 : 1;  // tiles and rows of x whose sums fit the registers
 constexpr int kRows = kLanes == 16 ? 6 : 2;

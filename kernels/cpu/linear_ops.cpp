@@ -89,13 +89,13 @@ Tensor int8_repack(const Tensor& codes) {
   return tiles;
 }
 
-// fp32 rows of x for the exact paths.
+// fp32 rows of x, times a factor, for the exact paths.
 template <class F>
-void with_wide(Call& call, const F& f) {
+void with_wide(Call& call, float factor, const F& f) {
   Linear& a = call.a;
   Scratch scratch(Scratch::round_up(a.m * a.kpad * 4) + Scratch::round_up(a.m * a.groups * 4));
   float* wide = scratch.take<float>(a.m * a.kpad);
-  read_wide(a, call.x.const_data_ptr(), false, wide, scratch.take<float>(a.m * a.groups));
+  read_wide(a, call.x.const_data_ptr(), false, wide, scratch.take<float>(a.m * a.groups), factor);
   f();
 }
 
@@ -108,7 +108,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, O
   a.w = tiles.const_data_ptr();
   a.kpad = div_up(k, 4) * 4;
   if (a.m <= kFewRows || k == 0) {
-    with_wide(call, [&] {
+    with_wide(call, kByteOnTop, [&] {
       call.over_tiles(int8_tile_bytes(k),
                       [&](int64_t i, int64_t j) { kernels().int8_exact(a, i, j); });
     });
@@ -184,12 +184,13 @@ Tensor int4_linear(const Tensor& x, const Tensor& tiles, OptTensor bias, int64_t
   a.group = group;
   a.groups = div_up(k, group);
   for (a.block = std::min<int64_t>(group, 64); group % a.block; a.block -= 8) {}
-  if (!exact) {
+  constexpr int64_t kManyRows = 128;  // from here on AMX takes x as it is in less time
+  if (!exact && !(a.m >= kManyRows && k > 0 && call.has_bf16_panels())) {
     with_quantized(call, 8, Rounding::blocks, true, [&] {
       call.over_tiles(bytes, [&](int64_t i, int64_t j) { kernels().int4_tiles(a, i, j, 0, a.m); });
     });
   } else if (a.m <= kFewRows || k == 0) {
-    with_wide(call, [&] {
+    with_wide(call, 1, [&] {
       call.over_tiles(bytes, [&](int64_t i, int64_t j) { kernels().int4_exact(a, i, j); });
     });
   } else {

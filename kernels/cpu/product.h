@@ -131,7 +131,8 @@ struct Product {
     if (kind == Kind::coded) {
       read_coded(a, x, own.zeros, activations, wide, scales, sums);
     } else if (kind == Kind::rows || exact) {
-      read_wide(a, x, kind == Kind::rows && a.type == Type::bf16, wide, sums);
+      read_wide(a, x, kind == Kind::rows && a.type == Type::bf16, wide, sums,
+                kind == Kind::int8 ? kByteOnTop : 1);
     } else {
       auto* offset = reinterpret_cast<int32_t*>(take(a.m * a.blocks));
       const Rounding rounding = kind == Kind::int4     ? Rounding::blocks

@@ -1,0 +1,180 @@
+// Many rows of x against int8 and int4 weights on AMX tiles: matrices of up to 16 rows of 64 bytes.
+//
+//   weight-only   x bf16, weights widened to bf16 or, where its 8 bits do not hold them, to the sum
+//                 of two bf16 numbers, whose 16 bits are more than the result's rounding shows
+//   int8dq        x int8, codes as they lie: four columns of 16 rows are a row of AMX's B
+//
+// 32 rows of x meet 32 outputs: two tiles of x (4, 5), two of the weight (6, 7), four of sums
+// (0 .. 3). In assembly, for the compilers' own functions do not say which memory they touch.
+#include "level.h"
+
+namespace avx512 {
+extern const Kernels kernels;
+decltype(CPU_LEVEL::int8_panel) int8_panel;
+decltype(CPU_LEVEL::int4_panel) int4_panel;
+}  // namespace avx512
+
+namespace CPU_LEVEL {
+
+#define TILE_LOAD(t, p, stride) \
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(p), "r"(int64_t(stride)) : "memory")
+#define TILE_STORE(t, p, stride) \
+  asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(p), "r"(int64_t(stride)) : "memory")
+#define TILE_ZERO(t) asm volatile("tilezero %%tmm" #t ::: "memory")
+#define TILE_DOT(op, c, a, b) \
+  asm volatile(op " %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::: "memory")
+
+constexpr int64_t kSide = 16, kWidth = 2 * kSide;  // rows of a tile; outputs at a time
+constexpr int64_t kStepBytes = 64;                 // of a row of x: 32 bf16 or 64 int8 columns
+
+// All tiles at their largest, while this lives.
+struct Tiles {
+  Tiles() {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    asm volatile("ldtilecfg (%0)" ::"r"(&config) : "memory");
+  }
+  ~Tiles() { asm volatile("tilerelease" ::: "memory"); }
+};
+
+enum class Weight { bytes, bf16, two_bf16 };  // bytes: unsigned, times signed ones of x
+
+// sums [16 R, kWidth] = x [16 R, steps * 64 bytes] times two columns of the weight's tiles, which lie
+// w_apart bytes apart; added to what is in sums unless `fresh`. Of two_bf16 the second numbers lie
+// behind the first ones of both columns.
+template <int R, Weight kind>
+INLINE void multiply(const char* x, int64_t x_stride, const char* w, int64_t w_apart, int64_t steps,
+                     bool fresh, void* sums) {
+  char *low = (char*)sums, *high = low + kSide * kWidth * 4;
+  constexpr int64_t kStride = kWidth * 4;
+  if (fresh) {
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    TILE_ZERO(2);
+    TILE_ZERO(3);
+  } else {
+    TILE_LOAD(0, low, kStride);
+    TILE_LOAD(1, low + 64, kStride);
+    if (R == 2) TILE_LOAD(2, high, kStride);
+    if (R == 2) TILE_LOAD(3, high + 64, kStride);
+  }
+  for (int64_t i = 0; i < steps; i++, x += kStepBytes, w += kSide * 64) {
+    TILE_LOAD(4, x, x_stride);
+    if (R == 2) TILE_LOAD(5, x + kSide * x_stride, x_stride);
+    for (int part = 0; part < (kind == Weight::two_bf16 ? 2 : 1); part++) {
+      TILE_LOAD(6, w + part * 2 * w_apart, 64);
+      TILE_LOAD(7, w + part * 2 * w_apart + w_apart, 64);
+      if constexpr (kind == Weight::bytes) {
+        TILE_DOT("tdpbsud", 0, 4, 6);
+        TILE_DOT("tdpbsud", 1, 4, 7);
+        if (R == 2) TILE_DOT("tdpbsud", 2, 5, 6);
+        if (R == 2) TILE_DOT("tdpbsud", 3, 5, 7);
+      } else {
+        TILE_DOT("tdpbf16ps", 0, 4, 6);
+        TILE_DOT("tdpbf16ps", 1, 4, 7);
+        if (R == 2) TILE_DOT("tdpbf16ps", 2, 5, 6);
+        if (R == 2) TILE_DOT("tdpbf16ps", 3, 5, 7);
+      }
+    }
+  }
+  TILE_STORE(0, low, kStride);
+  TILE_STORE(1, low + 64, kStride);
+  if (R == 2) TILE_STORE(2, high, kStride);
+  if (R == 2) TILE_STORE(3, high + 64, kStride);
+}
+
+// f(Int<R>, row) over rows [m0, m1), 32 or 16 at a time; returns the first that is left over.
+template <class F>
+INLINE int64_t whole_rows(int64_t m0, int64_t m1, const F& f) {
+  for (; m0 + kWidth <= m1; m0 += kWidth) f(Int<2>{}, m0);
+  for (; m0 + kSide <= m1; m0 += kSide) f(Int<1>{}, m0);
+  return m0;
+}
+
+// Columns k0 .. k0 + depth of two tiles as bf16: of each tile two neighbouring columns of 16 outputs
+// in 64 bytes. Of two_bf16 then what the first numbers lack.
+template <Weight kind>
+static void widen_panel(const Linear& a, Format format, int64_t tile, int64_t k0, int64_t depth,
+                        uint32_t* out) {
+  constexpr int64_t kChunk = 32;
+  alignas(64) float columns[kChunk * kPanelWidth];
+  auto* widen = format == Format::int8 ? avx512::int8_panel : avx512::int4_panel;
+  for (int64_t t = 0; t < 2; t++)
+    for (int64_t k = 0; k < depth; k += kChunk) {
+      const int64_t end = min(k0 + k + kChunk, a.kpad);
+      memset(columns, 0, sizeof columns);
+      if ((tile + t) * 16 < a.n && k0 + k < end) widen(a, tile + t, k0 + k, end, columns);
+      for (int64_t i = 0; i < kChunk; i += 2) {
+        const vf even = load<vf>(columns + i * kPanelWidth);
+        const vf odd = load<vf>(columns + (i + 1) * kPanelWidth);
+        const vf even_top = (vf)((vu)even & 0xffff0000), odd_top = (vf)((vu)odd & 0xffff0000);
+        uint32_t* to = out + (t * depth + k + i) * 8;
+        store(to, (vu)even_top >> 16 | (vu)odd_top);
+        if (kind == Weight::two_bf16)
+          store(to + 2 * depth * 8,
+                ((vu)(even - even_top) + 0x8000) >> 16 | (((vu)(odd - odd_top) + 0x8000) & 0xffff0000));
+      }
+    }
+}
+
+template <Weight kind>
+static void panels_as(const Linear& a, Format format, int64_t p0, int64_t p1) {
+  constexpr int64_t kDepth = 1024, kRowsAtOnce = 512;  // of x: 1 MB, in the second cache
+  alignas(64) static thread_local uint32_t panel[2 * kDepth * kSide];
+  alignas(64) static thread_local float sums[kRowsAtOnce * kWidth];
+  const int64_t columns = (a.k + 31) / 32 * 32;
+  const Tiles tiles;
+  for (int64_t m0 = 0; m0 < a.m; m0 += kRowsAtOnce) {
+    const int64_t rows = min(kRowsAtOnce, a.m - m0);
+    for (int64_t p = p0; p < p1; p++) {
+      for (int64_t k0 = 0; k0 < columns; k0 += kDepth) {
+        const int64_t depth = min(kDepth, columns - k0);
+        widen_panel<kind>(a, format, p * 2, k0, depth, panel);
+        const char* x = (const char*)a.x + (m0 * columns + k0) * 2;
+        whole_rows(0, (rows + 15) / 16 * 16, [&](auto count, int64_t r) {
+          multiply<count.value, kind>(x + r * columns * 2, columns * 2, (const char*)panel,
+                                      depth * 32, depth / 32, k0 == 0, sums + r * kWidth);
+        });
+      }
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < 2 && (p * 2 + i) * 16 < a.n; i++) {
+          const vf line = load<vf>(sums + r * kWidth + i * 16);
+          finish(a, m0 + r, (p * 2 + i) * 16, &line);
+        }
+    }
+  }
+}
+
+void bf16_panels(const Linear& a, Format format, int64_t p0, int64_t p1) {
+  if (format == Format::int8) panels_as<Weight::bf16>(a, format, p0, p1);
+  else panels_as<Weight::two_bf16>(a, format, p0, p1);
+}
+
+void int8_tiles(const Linear& a, int64_t t0, int64_t t1, int64_t m0, int64_t m1) {
+  const int64_t stride = a.kpad * 16;  // bytes of a tile
+  int64_t done = m0;
+  if (a.kpad % kStepBytes == 0 && m1 - m0 >= kSide) {
+    alignas(64) int32_t sums[kWidth * kWidth];
+    const Tiles tiles;
+    for (int64_t t = t0; t < t1; t += 2) {
+      const int64_t count = min(2, t1 - t);
+      done = whole_rows(m0, m1, [&](auto rows, int64_t r) {
+        multiply<rows.value, Weight::bytes>((const char*)a.xq + r * a.kpad, a.kpad,
+                                             (const char*)a.w + t * stride, (count - 1) * stride,
+                                             a.kpad / kStepBytes, true, sums);
+        for (int64_t i = 0; i < rows.value * kSide; i++)
+          for (int64_t j = 0; j < count; j++) {
+            const vi dots = load<vi>(sums + i * kWidth + j * 16) + a.offset[r + i];
+            const vf line = to_float(dots) * a.xs[r + i];
+            finish(a, r + i, (t + j) * 16, &line);
+          }
+      });
+    }
+  }
+  if (done < m1) avx512::kernels.int8_tiles(a, t0, t1, done, m1);
+}
+
+}  // namespace CPU_LEVEL
