@@ -59,6 +59,15 @@ struct Step {
   char* rows_of(int rank) const { return own + rank * own_bytes; }
   char* forms_of(int rank) const { return rows_of(rank) + Scratch::round_up(M * plan.C * 4); }
 
+  // Asks for the first lines of what is read next, which then come while the threads wait for each
+  // other; the hardware goes on by itself.
+  static void ask(const void* p) {
+    for (int64_t i = 0; i < 8; i++) __builtin_prefetch(static_cast<const char*>(p) + i * 64, 0, 2);
+  }
+  static void ask(const Product& p, int64_t unit) {
+    ask(static_cast<const char*>(p.c.a.w) + unit * p.unit_bytes());
+  }
+
   // This thread's columns of a product of m rows, and then work(first column, last column).
   template <class Work>
   void multiply(const Product& p, const char* from, int64_t m, char* to, int rank, int threads,
@@ -70,7 +79,7 @@ struct Step {
   }
 
   // What thread `rank` of `threads` does in a block: x [M, C] in place.
-  void run(const Block& block, int rank, int threads) const {
+  void run(const Block& block, const Block& next, int rank, int threads) const {
     const Plan& s = plan;
     char* normed = rows_of(rank);
     Pieces pieces = attention;
@@ -100,17 +109,23 @@ struct Step {
     auto queries = [&](auto... where) { rotated_queries(pieces, where...); };
     auto fill = [&](auto... where) { fill_slots(block, pieces, where...); };
     share(pieces.count, [&](int64_t i) { pieces.run(i, rank, queries, fill); });
+    ask(block.wo, block.wo.units() * rank / threads);
 #pragma omp barrier
     if (pieces.merges()) {
       share(pieces.merges(), [&](int64_t r) { pieces.merge(r); });
 #pragma omp barrier
     }
     product(block.wo, heads, projected, add(x, projected, middle));
+    ask(block.norm2.const_data_ptr());
+    ask(block.w13, s.F / block.w13.unit() * rank / threads);
 #pragma omp barrier
     kernels().rms_norm(middle, block.norm2.const_data_ptr(), type, M, s.C, s.eps, normed);
     gated(block.w13, normed, rank, threads);
+    ask(block.w2, block.w2.units() * rank / threads);
 #pragma omp barrier
     product(block.w2, hidden, projected, add(middle, projected, x));
+    ask(next.norm1.const_data_ptr());
+    ask(next.wqkv, next.wqkv.units() * rank / threads);
 #pragma omp barrier
   }
 
@@ -374,7 +389,8 @@ Tensor decode(const Tensor& handle, const Tensor& tokens, const Tensor& embeddin
 #pragma omp parallel num_threads(threads)
   {
     const int rank = omp_get_thread_num(), count = omp_get_num_threads();
-    for (const Block& block : plan.blocks) s.run(block, rank, count);
+    for (size_t i = 0; i < plan.blocks.size(); i++)
+      s.run(plan.blocks[i], plan.blocks[std::min(i + 1, plan.blocks.size() - 1)], rank, count);
     s.head(rank, count);
   }
   return out;

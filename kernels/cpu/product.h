@@ -35,6 +35,7 @@ struct Product {
     a.k = numbers[2];
     a.type = type;
     Tensor weight = hold(*get(0));
+    bytes_ = weight.nbytes();
     a.w = weight.const_data_ptr();
     if (get(1)) a.bias = vector(*get(1), a.n, type, "bias");
     if (get(2)) input_scale = vector(*get(2), a.k, Type::bf16, "input_scale");
@@ -97,6 +98,7 @@ struct Product {
   // Output columns are handed out in units of so many.
   int64_t unit() const { return kind == Kind::rows ? 4 : 32; }
   int64_t units() const { return div_up(c.a.n, unit()); }
+  int64_t unit_bytes() const { return bytes_ / units(); }
 
   // Scratch that read() needs for m rows.
   int64_t bytes(int64_t m) const {
@@ -166,6 +168,8 @@ struct Product {
   }
 
  private:
+  int64_t bytes_ = 0;
+
   Tensor hold(const Tensor& t) {
     check_cpu(t, "a layer's tensor");
     held.push_back(t.contiguous().detach());  // the memory stays, whatever becomes of the tensor
