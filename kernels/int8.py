@@ -71,13 +71,15 @@ class Int8Linear(QuantizedLinear):
         if self.tiles is None:
             return None
         tensors = [self.tiles, self.bias, self.input_scale, self.scales]
-        return tensors, [1, self.out_features, self.in_features]
+        exact = int(native.exact_activations())
+        return tensors, [1, self.out_features, self.in_features, exact]
 
     def multiply(self, x: Tensor) -> Tensor:
         if self.tiles is not None:
             return torch.ops.flatllama.int8_linear(
-                x, self.tiles, self.scales, self.bias, self.out_features, self.in_features
-            )
+                x, self.tiles, self.scales, self.bias, self.out_features, self.in_features,
+                native.exact_activations(),
+            )  # fmt: skip
         if aten_on(x.device):
             return aten.int8_product(x, self.weight, self.scales, self.bias)
         y = torch.nn.functional.linear(x, self.weight.to(x.dtype)) * self.scales.to(x.dtype)

@@ -198,7 +198,7 @@ def _register_fakes() -> None:
     fake = {
         "float_linear": lambda x, weight, bias: rows(x, weight.shape[0]),
         "int8_repack": lambda codes: tiles(codes.shape[0], -(-codes.shape[1] // 4) * 64, codes),
-        "int8_linear": lambda x, tiles, scales, bias, N, K: rows(x, N),
+        "int8_linear": lambda x, tiles, scales, bias, N, K, exact=False: rows(x, N),
         "int8dq_linear": lambda x, tiles, scales, bias, N, K: rows(x, N),
         "int4_repack": lambda codes, scales, zeros, K, groupsize: tiles(
             codes.shape[0], (-(-K // 8) - (-K // groupsize)) * 64, codes

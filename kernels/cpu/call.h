@@ -65,6 +65,11 @@ int64_t int4dq_tile_bytes(int64_t k, int64_t group) {
   return div_up(k, 32) * 256 + div_up(k, group) * 64;
 }
 
+// Whether few rows of x of that type meet int8 weights as pairs of int8.
+inline bool in_pairs(Type type, bool exact) {
+  return !exact && type != Type::fp32 && kernels().int8_pairs;
+}
+
 constexpr int64_t kMostExact = 65536;  // columns whose products of int8 numbers 32 bits can sum
 
 // The part of a call that all formats share. Holds x and the bias while the kernels read them.

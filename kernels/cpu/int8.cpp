@@ -3,6 +3,8 @@
 // Tile t holds output rows 16 t .. 16 t + 15; four columns of all 16 rows lie together in 64 bytes,
 // as unsigned bytes q + 128: the form of the VNNI product of unsigned and signed bytes. With
 // x ~ xs * xq in blocks of columns, sum x q = sum over blocks of xs * (xq . (q + 128) - 128 sum xq).
+// Weight-only, xq has 16 bits, two int8 products: of a block's largest number, which bf16 knows to
+// 2^-9, it is off by at most 2^-16, and reading the weight takes longer than both products.
 #include "level.h"
 
 namespace CPU_LEVEL {
@@ -29,8 +31,39 @@ INLINE int32_t round_line(const float* p, int64_t len, float scale, int8_t* code
   return sum(sums);
 }
 
+// len numbers at p to 16 bits as two int8; returns the codes' sum.
+INLINE int32_t round_pairs(const float* p, int64_t len, float scale, int8_t* high, int8_t* low) {
+  vi sums{};
+  const vf by = splat(scale > 1e-36f ? scale : 1.0f);
+  for (int64_t i = 0; i < len; i += kLanes) {
+    const vi q = round_to_int(load<vf>(p + i) / by), top = (q + 128) >> 8;
+    sums += q;
+    store(high + i, __builtin_convertvector(top, vb));
+    store(low + i, __builtin_convertvector(q - (top << 8), vb));
+  }
+  return sum(sums);
+}
+
+// Rows m0 .. m1 of x in pairs.
+static void pair_rows(const void* x, const Linear& a, const Quantized& out, int64_t m0, int64_t m1) {
+  alignas(64) float values[2 * kPairBlock];
+  alignas(64) int8_t high[kPairBlock], low[kPairBlock];
+  const int64_t size = a.type == Type::fp32 ? 4 : 2;
+  for (int64_t m = m0; m < m1; m++)
+    for (int64_t k = 0, b = m; k < a.kpad; k += kPairBlock, b += a.m) {
+      const int64_t len = min(kPairBlock, a.kpad - k);
+      widen_rows((const char*)x + (m * a.k + k) * size, a.type, 1, min(len, a.k - k), kPairBlock,
+                 false, values);  // zeros after the row's end
+      out.xs[b] = amax(values, kPairBlock) / 32512;
+      out.offset[b] = -out.zero_code * round_pairs(values, kPairBlock, out.xs[b], high, low);
+      memcpy(out.xq + m * a.kpad + k, high, len);
+      memcpy(out.xq + (a.m + m) * a.kpad + k, low, len);
+    }
+}
+
 // Quantize rows m0 .. m1 of x, in blocks (or whole rows: block = kpad), kChunk columns at a time.
 void quantize_rows(const void* x, const Linear& a, const Quantized& out, int64_t m0, int64_t m1) {
+  if (out.rounding == Rounding::pairs) return pair_rows(x, a, out, m0, m1);
   if (out.rounding > Rounding::token) return unsigned_rows(x, a, out, m0, m1);
   constexpr int64_t kChunk = 2048;
   alignas(64) float values[kChunk + 64];
@@ -135,6 +168,50 @@ static void quantized(const Linear& a, int64_t tile, int64_t m0) {
     for (int m = 0; m < M; m++) finish(a, m0 + m, (tile + t) * 16, sums[m][t]);
 }
 
+// M rows of x in pairs against T tiles.
+template <int M, int T>
+static void pairs(const Linear& a, int64_t tile, int64_t m0) {
+  vf sums[M][T][kParts] = {};
+  const uint8_t* w = (const uint8_t*)a.w + tile * a.kpad * 16;
+  const int8_t *high = a.xq + m0 * a.kpad, *low = high + a.m * a.kpad;
+  for (int64_t k0 = 0, b = m0; k0 < a.kpad; k0 += kPairBlock, b += a.m) {
+    vi tops[M][T][kParts] = {}, dots[M][T][kParts];
+    UNROLL
+    for (int m = 0; m < M; m++)
+      UNROLL
+      for (int t = 0; t < T; t++)
+        UNROLL
+        for (int p = 0; p < kParts; p++) dots[m][t][p] = splat(a.offset[b + m]);
+    const int64_t end = min(k0 + kPairBlock, a.kpad);
+    _Pragma("GCC unroll 4")
+    for (int64_t k = k0; k < end; k += 4)
+      UNROLL
+      for (int t = 0; t < T; t++)
+        UNROLL
+        for (int p = 0; p < kParts; p++) {
+          const vi v = load<vi>(w + (t * a.kpad + k) * 16 + p * kLanes * 4);
+          if (p == 0) prefetch(w + ((t + T) * a.kpad + k) * 16);
+          UNROLL
+          for (int m = 0; m < M; m++) {
+            int32_t four, more;
+            memcpy(&four, high + m * a.kpad + k, 4);
+            memcpy(&more, low + m * a.kpad + k, 4);
+            tops[m][t][p] = dot4(tops[m][t][p], v, splat(four));
+            dots[m][t][p] = dot4(dots[m][t][p], v, splat(more));
+          }
+        }
+    UNROLL
+    for (int m = 0; m < M; m++)
+      UNROLL
+      for (int t = 0; t < T; t++)
+        UNROLL
+        for (int p = 0; p < kParts; p++)
+          sums[m][t][p] += to_float((tops[m][t][p] << 8) + dots[m][t][p]) * a.xs[b + m];
+  }
+  for (int t = 0; t < T; t++)
+    for (int m = 0; m < M; m++) finish(a, m0 + m, (tile + t) * 16, sums[m][t]);
+}
+
 // Byte i of each lane, a signed number, times 2^24: an operation less than the number itself.
 INLINE vf byte_on_top(vi v, int i) {
 #if defined(__AVX512F__)
@@ -181,6 +258,12 @@ static void exact(const Linear& a, int64_t tile, int64_t m0) {
 void int8_tiles(const Linear& a, int64_t t0, int64_t t1, int64_t m0, int64_t m1) {
   each_tile<kRows>(t0, t1, m0, m1, [&](auto m, auto t, int64_t tile, int64_t row) {
     quantized<m.value, t.value>(a, tile, row);
+  });
+}
+
+void int8_pairs(const Linear& a, int64_t t0, int64_t t1) {
+  each_tile<kExactRows>(t0, t1, 0, a.m, [&](auto m, auto t, int64_t tile, int64_t row) {
+    pairs<m.value, t.value>(a, tile, row);
   });
 }
 

@@ -14,7 +14,7 @@ struct Linear {
   const void* w;           // rows (float) or tiles (int8, int4)
   const float* x;          // [m, kpad] fp32, or as widen_rows leaves it for float_rows
   const float* group_sum;  // sum of x over each group of w: int4 [groups, m], coded [m, groups]
-  const int8_t* xq;        // [m, kpad] codes of x
+  const int8_t* xq;        // [m, kpad] codes of x; of pairs: the high ones, then the low ones
   const float* xs;         // [blocks, m] their scales
   const int32_t* offset;   // [blocks, m] minus the zero code of w times the sum of the codes of x;
                            // of unsigned codes: what to add to them, [m]
@@ -26,8 +26,10 @@ struct Linear {
 };
 
 // How x is quantized: to int8, s = amax / 127 of each block; to int8, s = max(amax / 127, 1e-5) of
-// a row; to unsigned bytes, the same plus 128; or from the row's lowest to its highest number.
-enum class Rounding : int { blocks, token, bytes, span };
+// a row; to unsigned bytes, the same plus 128; or from the row's lowest to its highest number; to 16
+// bits, s = amax / 32512 of each block, as two int8: round(x / s) = 256 high + low.
+enum class Rounding : int { blocks, token, bytes, span, pairs };
+constexpr int64_t kPairBlock = 64;
 
 // Where quantized rows of activations go; see quantize_rows and unsigned_rows.
 struct Quantized {
@@ -81,6 +83,8 @@ struct Kernels {
   void (*float_rows)(const Linear&, int64_t n0, int64_t n1);
   void (*int8_tiles)(const Linear&, int64_t tile0, int64_t tile1, int64_t m0, int64_t m1);
   void (*int8_exact)(const Linear&, int64_t tile0, int64_t tile1);
+  // x in pairs of int8; null where int8_exact is as fast
+  void (*int8_pairs)(const Linear&, int64_t tile0, int64_t tile1);
   void (*int4_tiles)(const Linear&, int64_t tile0, int64_t tile1, int64_t m0, int64_t m1);
   void (*int4_exact)(const Linear&, int64_t tile0, int64_t tile1);
   void (*int4dq_tiles)(const Linear&, int64_t tile0, int64_t tile1);  // a.scales: nested

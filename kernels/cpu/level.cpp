@@ -34,6 +34,7 @@ extern const Kernels kernels{
     .float_rows = float_rows,
     .int8_tiles = int8_tiles,
     .int8_exact = int8_exact,
+    .int8_pairs = kLanes == 16 ? int8_pairs : nullptr,
     .int4_tiles = int4_tiles,
     .int4_exact = int4_exact,
     .int4dq_tiles = int4dq_tiles,

@@ -54,9 +54,10 @@ template <class F>
 void with_quantized(Call& call, int32_t zero_code, Rounding rounding, bool group_sums, const F& f) {
   Linear& a = call.a;
   a.blocks = std::max<int64_t>(div_up(a.kpad, a.block), 1);
-  int64_t per_row = Scratch::round_up(a.kpad) + Scratch::round_up(a.blocks * 8) + a.groups * 4 + 64;
+  const int64_t codes = rounding == Rounding::pairs ? 2 * a.kpad : a.kpad;
+  int64_t per_row = Scratch::round_up(codes) + Scratch::round_up(a.blocks * 8) + a.groups * 4 + 64;
   Scratch scratch(a.m * per_row + 256);
-  Quantized q{scratch.take<int8_t>(a.m * a.kpad), scratch.take<float>(a.m * a.blocks),
+  Quantized q{scratch.take<int8_t>(a.m * codes), scratch.take<float>(a.m * a.blocks),
               scratch.take<int32_t>(a.m * a.blocks), nullptr, zero_code, rounding};
   if (group_sums) q.group_sum = scratch.take<float>(a.m * a.groups);
   const void* x = call.x.const_data_ptr();
@@ -100,14 +101,20 @@ void with_wide(Call& call, float factor, const F& f) {
 }
 
 Tensor int8_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, OptTensor bias,
-                   int64_t n, int64_t k) {
+                   int64_t n, int64_t k, bool exact) {
   Call call(x, bias, scales, n, k);
   check_tiles(tiles, div_up(n, 16) * int8_tile_bytes(k));
   if (call.empty()) return call.y;
   Linear& a = call.a;
   a.w = tiles.const_data_ptr();
   a.kpad = div_up(k, 4) * 4;
-  if (a.m <= kFewRows || k == 0) {
+  if (a.m <= kFewRows && k > 0 && in_pairs(a.type, exact)) {
+    a.block = kPairBlock;
+    with_quantized(call, 128, Rounding::pairs, false, [&] {
+      call.over_tiles(int8_tile_bytes(k),
+                      [&](int64_t i, int64_t j) { kernels().int8_pairs(a, i, j); });
+    });
+  } else if (a.m <= kFewRows || k == 0) {
     with_wide(call, kByteOnTop, [&] {
       call.over_tiles(int8_tile_bytes(k),
                       [&](int64_t i, int64_t j) { kernels().int8_exact(a, i, j); });
@@ -264,7 +271,8 @@ Tensor int4dq_linear(const Tensor& x, const Tensor& tiles, OptTensor scales, Opt
 TORCH_LIBRARY_FRAGMENT(flatllama, m) {
   m.def("float_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("int8_repack(Tensor codes) -> Tensor");
-  m.def("int8_linear(Tensor x, Tensor tiles, Tensor scales, Tensor? bias, int N, int K) -> Tensor");
+  m.def("int8_linear(Tensor x, Tensor tiles, Tensor scales, Tensor? bias, int N, int K, "
+        "bool exact=False) -> Tensor");
   m.def("int8dq_linear(Tensor x, Tensor tiles, Tensor scales, Tensor? bias, int N, int K) -> Tensor");
   m.def("int4_repack(Tensor codes, Tensor scales, Tensor zeros, int K, int groupsize) -> Tensor");
   m.def("int4_linear(Tensor x, Tensor tiles, Tensor? bias, int N, int K, int groupsize, bool exact)"

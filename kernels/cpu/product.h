@@ -15,7 +15,7 @@ struct Product {
   Kind kind{};
   Coded c{};               // of the formats but coded only c.a is used
   int64_t activations = 0; // coded: how x is rounded
-  bool exact = false;      // x is taken as it is: int8, and int4 where asked for
+  bool exact = false;      // x is taken as it is, where asked for
   const void* input_scale = nullptr;
   std::vector<Tensor> held;
 
@@ -54,9 +54,9 @@ struct Product {
         Tensor scales = hold(*get(3));
         a.scale_type = type_of(scales);
         a.scales = vector(scales, a.n, a.scale_type, "scales");
-        exact = kind == Kind::int8;
+        exact = kind == Kind::int8 && numbers.size() > 3 && numbers[3];
         a.kpad = div_up(a.k, 4) * 4;
-        a.block = std::max<int64_t>(a.kpad, 4);
+        a.block = kind == Kind::int8 ? kPairBlock : std::max<int64_t>(a.kpad, 4);
         check_tiles(weight, div_up(a.n, 16) * int8_tile_bytes(a.k));
         break;
       }
@@ -93,6 +93,11 @@ struct Product {
       default: TORCH_CHECK_VALUE(false, "no such kind of layer: ", numbers[0]);
     }
     c.a.blocks = div_up(c.a.kpad, c.a.block);
+  }
+
+  // Whether weights of int8 or int4 meet x as it is, in fp32.
+  bool takes_fp32() const {
+    return kind == Kind::int8 ? !in_pairs(c.a.type, exact) : kind == Kind::int4 && exact;
   }
 
   // Output columns are handed out in units of so many.
@@ -132,12 +137,13 @@ struct Product {
     float* sums = take(a.m * std::max<int64_t>(a.groups, 1));
     if (kind == Kind::coded) {
       read_coded(a, x, own.zeros, activations, wide, scales, sums);
-    } else if (kind == Kind::rows || exact) {
+    } else if (kind == Kind::rows || takes_fp32()) {
       read_wide(a, x, kind == Kind::rows && a.type == Type::bf16, wide, sums,
                 kind == Kind::int8 ? kByteOnTop : 1);
     } else {
       auto* offset = reinterpret_cast<int32_t*>(take(a.m * a.blocks));
       const Rounding rounding = kind == Kind::int4     ? Rounding::blocks
+                                : kind == Kind::int8   ? Rounding::pairs
                                 : kind == Kind::int8dq ? Rounding::token
                                 : a.scales             ? Rounding::bytes
                                                        : Rounding::span;
@@ -161,10 +167,11 @@ struct Product {
     if (kind == Kind::rows) k.float_rows(a, first * 4, std::min(last * 4, a.n));
     else if (kind == Kind::coded) k.coded_tiles(own, first * 2, end);
     else if (kind == Kind::int4dq) k.int4dq_tiles(a, first * 2, end);
-    else if (kind == Kind::int4 && exact) k.int4_exact(a, first * 2, end);
+    else if (kind == Kind::int4 && takes_fp32()) k.int4_exact(a, first * 2, end);
     else if (kind == Kind::int4) k.int4_tiles(a, first * 2, end, 0, a.m);
-    else if (exact) k.int8_exact(a, first * 2, end);
-    else k.int8_tiles(a, first * 2, end, 0, a.m);
+    else if (kind == Kind::int8dq) k.int8_tiles(a, first * 2, end, 0, a.m);
+    else if (takes_fp32()) k.int8_exact(a, first * 2, end);
+    else k.int8_pairs(a, first * 2, end);
   }
 
  private:
