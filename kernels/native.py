@@ -7,7 +7,7 @@ per level (portable, AVX2, AVX-512 with VNNI, that with BF16, that with AMX); th
 has is chosen at load. Importing this file does nothing.
 
 Environment: `CXX` names the compiler; `FLATLLAMA_CPU=portable|avx2|avx512|avx512bf16|amx` forces
-a level; `FLATLLAMA_EXACT=1` keeps activations unrounded in the int4 products.
+a level; `FLATLLAMA_EXACT=1` keeps activations unrounded in the int4 and int8 products.
 """
 
 import fcntl
@@ -60,7 +60,8 @@ def exact_activations(flag: bool | None = None) -> bool:
     """Whether int4 products use activations as they are; `flag` sets it.
 
     By default int4 products round activations to int8 in blocks of 64 columns (the largest divisor
-    of the group size up to 64), each with its own fp32 scale. Not 128 and more rows with AMX.
+    of the group size up to 64), each with its own fp32 scale; not 128 and more rows with AMX. On
+    AVX-512 int8 products of up to 16 rows round bf16 and fp16 to 16 bits in blocks of 64.
     """
     global _exact
     if flag is not None:

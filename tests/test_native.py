@@ -65,8 +65,22 @@ def test_int8_linear(level, m, dtype):
         scales = torch.rand(n, generator=generator).to(dtype)
         want = x.double() @ (q.double() * scales.double()[:, None]).T + bias.double()
         tiles = ops.int8_repack(q)
-        close(ops.int8_linear(x, tiles, scales, bias, n, k), want, dtype)
+        for exact in (False, True):
+            close(ops.int8_linear(x, tiles, scales, bias, n, k, exact), want, dtype)
         close(ops.int8_linear(x, tiles, scales.float(), bias, n, k), want, dtype)
+
+
+def test_int8_in_16_bits_is_as_good_as_exact(library):
+    """One large column among small ones: still no more error than bf16's rounding of the result."""
+    x, _, generator = make(16, 96, 576, torch.bfloat16)
+    x[:, 5] *= 300
+    q = torch.randint(-128, 128, (96, 576), generator=generator, dtype=torch.int8)
+    want, tiles = x.double() @ q.double().T, ops.int8_repack(q)
+    pairs, exact = (
+        (ops.int8_linear(x, tiles, torch.ones(96), None, 96, 576, flag).double() - want).norm()
+        for flag in (False, True)
+    )
+    assert pairs < 1.01 * exact
 
 
 def test_more_rows_than_pass_at_a_time(level):
