@@ -122,7 +122,7 @@ struct Call {
 
   // Many rows: products with panels of W. In fp32 kPanelRows rows of x at a time.
   void through_panels(Format format) {
-    if (has_bf16_panels()) return through_bf16_panels(format);
+    if (format != Format::rows && has_bf16_panels()) return through_bf16_panels(format);
     const int64_t rows = std::min(a.m, kPanelRows), all = a.m, count = div_up(a.n, kPanelWidth);
     const int64_t per_thread = kPanelWidth * (kPanelDepth + rows), size = x.element_size();
     const int64_t threads = at::get_num_threads();

@@ -1,8 +1,8 @@
 // y = x W^T for one to a few rows of x and a row-major weight in bf16, fp16 or fp32.
 //
-// Four rows of W at a time stream through the registers, as far apart as they can, so that each goes on
-// where it ends: short streams leave the memory idle. Each weight is widened to fp32 and multiplied by
-// every row of x. bf16 widens at one operation per vector: the even and the odd numbers of a 32-bit
+// Four rows of W at a time stream through the registers, as far apart as they can: a stream then goes
+// on where its row ends, and short ones leave the memory idle. Each weight is widened to fp32 and
+// multiplied by every row of x. bf16 widens at one operation per vector: the even and the odd numbers of a 32-bit
 // lane, so x lies "paired": kLanes even columns, then kLanes odd ones. With AVX-512 BF16 nothing is
 // widened: one instruction multiplies the two numbers of each lane, and x stays bf16.
 #include "level.h"

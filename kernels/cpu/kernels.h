@@ -90,7 +90,8 @@ struct Kernels {
   void (*int4dq_tiles)(const Linear&, int64_t tile0, int64_t tile1);  // a.scales: nested
   // panels of 32 outputs, many rows; scratch: kPanelWidth (kPanelDepth + m) floats
   void (*panels)(const Linear&, Format, int64_t panel0, int64_t panel1, float* scratch);
-  // the same for bf16 x [m, k] as it is, zeros up to whole 16 rows of whole 32 columns; may be null
+  // of int8 or int4, for bf16 x [m, k] as it is, zeros up to whole 16 rows of whole 32 columns;
+  // null where there is no AMX
   void (*bf16_panels)(const Linear&, Format, int64_t panel0, int64_t panel1);
   // rows of fp32 x [m, kpad] in place, and their scales [m]; mode 1: to integers of a span of 255;
   // 2: to e4m3; 3: to e4m3, all rows with one scale
