@@ -57,7 +57,7 @@ def serves(x: Tensor) -> bool:
 
 
 def exact_activations(flag: bool | None = None) -> bool:
-    """Whether int4 products use activations as they are; `flag` sets it.
+    """Whether int4 and int8 products use activations as they are; `flag` sets it.
 
     By default int4 products round activations to int8 in blocks of 64 columns (the largest divisor
     of the group size up to 64), each with its own fp32 scale; not 128 and more rows with AMX. On

@@ -91,7 +91,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--llama_bench", type=Path, required=True, help="the peer's program")
     add("--gguf", type=Path, required=True, help="folder of BF16.gguf, Q8_0.gguf, Q4_0.gguf")
-    add("--work_dir", type=Path, default=Path("compare"), help="keeps our quantized checkpoints")
+    add("--work_dir", type=Path, default=Path("checkpoints/compare"), help="keeps our checkpoints")
     add("--turns", type=int, default=5)
     add("--threads", type=int, default=torch.get_num_threads())
     add("--deep", action="store_true", help="also behind 4,000 tokens")

@@ -120,14 +120,14 @@ void quantize_rows(const void* x, const Linear& a, const Quantized& out, int64_t
   }
 }
 
-// M rows of x against T tiles: int8 activations.
-template <int M, int T>
+// M rows of x against T tiles: int8 activations, or 16 bits of them as pairs.
+template <int M, int T, bool kPairs>
 static void quantized(const Linear& a, int64_t tile, int64_t m0) {
   vf sums[M][T][kParts] = {};
   const uint8_t* w = (const uint8_t*)a.w + tile * a.kpad * 16;
-  const int8_t* xq = a.xq + m0 * a.kpad;
+  const int8_t *xq = a.xq + m0 * a.kpad, *low = xq + a.m * a.kpad;
   for (int64_t b = 0; b < a.blocks; b++) {
-    vi dots[M][T][kParts];
+    vi dots[M][T][kParts], tops[M][T][kParts] = {};
     UNROLL
     for (int m = 0; m < M; m++)
       UNROLL
@@ -147,13 +147,16 @@ static void quantized(const Linear& a, int64_t tile, int64_t m0) {
         }
       UNROLL
       for (int m = 0; m < M; m++) {
-        int32_t four;
-        memcpy(&four, xq + m * a.kpad + k, 4);
+        int32_t four, high;
+        memcpy(&four, (kPairs ? low : xq) + m * a.kpad + k, 4);
+        if (kPairs) memcpy(&high, xq + m * a.kpad + k, 4);
         UNROLL
         for (int t = 0; t < T; t++)
           UNROLL
-          for (int p = 0; p < kParts; p++)
+          for (int p = 0; p < kParts; p++) {
             dots[m][t][p] = dot4(dots[m][t][p], wv[t][p], splat(four));
+            if (kPairs) tops[m][t][p] = dot4(tops[m][t][p], wv[t][p], splat(high));
+          }
       }
     }
     UNROLL
@@ -161,52 +164,10 @@ static void quantized(const Linear& a, int64_t tile, int64_t m0) {
       UNROLL
       for (int t = 0; t < T; t++)
         UNROLL
-        for (int p = 0; p < kParts; p++)
-          sums[m][t][p] += to_float(dots[m][t][p]) * a.xs[b * a.m + m0 + m];
-  }
-  for (int t = 0; t < T; t++)
-    for (int m = 0; m < M; m++) finish(a, m0 + m, (tile + t) * 16, sums[m][t]);
-}
-
-// M rows of x in pairs against T tiles.
-template <int M, int T>
-static void pairs(const Linear& a, int64_t tile, int64_t m0) {
-  vf sums[M][T][kParts] = {};
-  const uint8_t* w = (const uint8_t*)a.w + tile * a.kpad * 16;
-  const int8_t *high = a.xq + m0 * a.kpad, *low = high + a.m * a.kpad;
-  for (int64_t k0 = 0, b = m0; k0 < a.kpad; k0 += kPairBlock, b += a.m) {
-    vi tops[M][T][kParts] = {}, dots[M][T][kParts];
-    UNROLL
-    for (int m = 0; m < M; m++)
-      UNROLL
-      for (int t = 0; t < T; t++)
-        UNROLL
-        for (int p = 0; p < kParts; p++) dots[m][t][p] = splat(a.offset[b + m]);
-    const int64_t end = min(k0 + kPairBlock, a.kpad);
-    _Pragma("GCC unroll 4")
-    for (int64_t k = k0; k < end; k += 4)
-      UNROLL
-      for (int t = 0; t < T; t++)
-        UNROLL
         for (int p = 0; p < kParts; p++) {
-          const vi v = load<vi>(w + (t * a.kpad + k) * 16 + p * kLanes * 4);
-          if (p == 0) prefetch(w + ((t + T) * a.kpad + k) * 16);
-          UNROLL
-          for (int m = 0; m < M; m++) {
-            int32_t four, more;
-            memcpy(&four, high + m * a.kpad + k, 4);
-            memcpy(&more, low + m * a.kpad + k, 4);
-            tops[m][t][p] = dot4(tops[m][t][p], v, splat(four));
-            dots[m][t][p] = dot4(dots[m][t][p], v, splat(more));
-          }
+          const vi whole = kPairs ? (tops[m][t][p] << 8) + dots[m][t][p] : dots[m][t][p];
+          sums[m][t][p] += to_float(whole) * a.xs[b * a.m + m0 + m];
         }
-    UNROLL
-    for (int m = 0; m < M; m++)
-      UNROLL
-      for (int t = 0; t < T; t++)
-        UNROLL
-        for (int p = 0; p < kParts; p++)
-          sums[m][t][p] += to_float((tops[m][t][p] << 8) + dots[m][t][p]) * a.xs[b + m];
   }
   for (int t = 0; t < T; t++)
     for (int m = 0; m < M; m++) finish(a, m0 + m, (tile + t) * 16, sums[m][t]);
@@ -257,13 +218,13 @@ static void exact(const Linear& a, int64_t tile, int64_t m0) {
 
 void int8_tiles(const Linear& a, int64_t t0, int64_t t1, int64_t m0, int64_t m1) {
   each_tile<kRows>(t0, t1, m0, m1, [&](auto m, auto t, int64_t tile, int64_t row) {
-    quantized<m.value, t.value>(a, tile, row);
+    quantized<m.value, t.value, false>(a, tile, row);
   });
 }
 
 void int8_pairs(const Linear& a, int64_t t0, int64_t t1) {
   each_tile<kExactRows>(t0, t1, 0, a.m, [&](auto m, auto t, int64_t tile, int64_t row) {
-    pairs<m.value, t.value>(a, tile, row);
+    quantized<m.value, t.value, true>(a, tile, row);
   });
 }
 
