@@ -229,7 +229,7 @@ def parse_args() -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, help="CPU threads; default: torch's, one per core")
     add("--exact_activations", action="store_true",
-        help="CPU: int4 and int8 kernels do not round activations")  # fmt: skip
+        help="CPU: weight-only kernels do not round activations")  # fmt: skip
     add("--kernels", choices=KERNELS, default="auto", help="see generate.py")
     add("--prompt", type=int, default=64, metavar="N", help="tokens of the synthetic prompt")
     add("--max_new_tokens", type=int, default=128)

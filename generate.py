@@ -48,7 +48,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "on a GPU; triton; inductor: plain PyTorch forms; aten: ATen's own int4 and int8 products "
         "on a GPU")  # fmt: skip
     add("--exact_activations", action="store_true",
-        help="CPU: int4 and int8 kernels do not round activations")  # fmt: skip
+        help="CPU: weight-only kernels do not round activations")  # fmt: skip
 
 
 def asked_for(args: argparse.Namespace) -> tuple[torch.dtype | None, Mode | None]:

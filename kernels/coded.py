@@ -8,8 +8,9 @@ floats for fpx and float8, the learned numbers of a codebook.
 
 One C++ product serves all of them (cpu/coded.cpp). Its tiles are the canonical rows, 16 at a time,
 their 32-bit words interleaved: 32 columns of a row are n words, so each vector lane walks the
-stream of its own row. Few rows of x stream the codes and widen them in registers; many rows
-widen a panel of the weight at a time. The whole weight is never dequantized.
+stream of its own row. Integers are laid out in bit planes instead, from which AVX-512 multiplies
+four columns in one instruction (cpu/planes.cpp). Few rows of x stream the codes and widen them in
+registers; many rows widen a panel of the weight at a time. The whole weight is never dequantized.
 """
 
 import torch
@@ -40,6 +41,30 @@ def stream_tiles(packed: Tensor, words: int) -> Tensor:
     return interleave_rows(padded.contiguous().view(torch.int32), words)
 
 
+def plane_tiles(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Packed integers [N, C] of K < 8 `bits` as bit planes: int32 [ceil(N / 16), W, 16].
+
+    32 columns are `bits` lines of 64 bytes: 4 with the codes' lowest 4 bits, 2 with the next 2, 1
+    with the next, as `bits` is a sum of these. Byte 4 r + i of a line is of row r and of columns
+    i, 4 + i, ... from the lowest bit up; see cpu/coded.h.
+    """
+    parts = []
+    for rows in packed.split(16 * max(1, PANEL // (16 * max(columns, 1)))):
+        codes = unpack(rows, bits, columns)
+        codes = F.pad(codes, (0, -columns % 32, 0, -codes.shape[0] % 16))
+        codes = codes.view(codes.shape[0] // 16, 16, -1, 8, 4)  # [tile, row, 32 columns, step, byte]
+        lines, below = [], 0
+        for width in (4, 2, 1):
+            if bits & width:
+                fields = codes.unflatten(3, (width, -1)) >> below & (1 << width) - 1
+                shifts = width * torch.arange(8 // width, dtype=torch.uint8)[:, None]
+                lines.append((fields << shifts).sum(4, dtype=torch.uint8))
+                below += width
+        lines = torch.cat(lines, 3)  # [tile, row, 32 columns, line, byte]
+        parts.append(lines.permute(0, 2, 3, 1, 4).flatten(1).contiguous())
+    return torch.cat(parts).view(torch.int32).unflatten(1, (-1, 16))
+
+
 class CodedLinear(QuantizedLinear):
     """Buffers: weight uint8 [N, ceil(K bits / 8)]; scales [N, G]; zeros, if the format has any,
     integers of `bits` bits each, packed: uint8 [N, ceil(G bits / 8)].
@@ -52,6 +77,7 @@ class CodedLinear(QuantizedLinear):
     bits: int
     has_zeros = False
     exponent_bits = 0  # of codes that are small floats: sign, exponent, mantissa
+    planes = False  # whether tiles are bit planes; the codes stand for neighbouring integers
     activations = 0  # quantized by the product: one of activations.py's ways, or not
     groupsizes = (32, 64, 128, 256)
 
@@ -148,7 +174,10 @@ class CodedLinear(QuantizedLinear):
 
     def make_tiles(self) -> None:
         """The canonical buffers as tiles of 16 rows; see the top of the file."""
-        self.tiles = stream_tiles(self.weight.view(torch.uint8), self.bits)
+        if self.planes:
+            self.tiles = plane_tiles(self.weight, self.bits, self.in_features)
+        else:
+            self.tiles = stream_tiles(self.weight.view(torch.uint8), self.bits)
         self.tile_scales = interleave_rows(self.scales, 1)
         self.lookup = self.table().float()
         if self.has_zeros:
@@ -168,6 +197,7 @@ class CodedLinear(QuantizedLinear):
         shape = [self.out_features, self.in_features]
         return tensors, [
             4, *shape, self.bits, self.groupsize, self.exponent_bits, self.activations,
+            int(self.planes), int(native.exact_activations()),
         ]  # fmt: skip
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -175,7 +205,7 @@ class CodedLinear(QuantizedLinear):
         return torch.ops.flatllama.coded_linear(
             x, self.tiles, self.tile_scales, self.tile_zeros, self.tile_positions, self.lookup,
             bias, self.out_features, self.in_features, self.bits, self.groupsize,
-            self.exponent_bits, self.activations,
+            self.exponent_bits, self.activations, self.planes, native.exact_activations(),
         )  # fmt: skip
 
     def reference(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ per level (portable, AVX2, AVX-512 with VNNI, that with BF16, that with AMX); th
 has is chosen at load. Importing this file does nothing.
 
 Environment: `CXX` names the compiler; `FLATLLAMA_CPU=portable|avx2|avx512|avx512bf16|amx` forces
-a level; `FLATLLAMA_EXACT=1` keeps activations unrounded in the int4 and int8 products.
+a level; `FLATLLAMA_EXACT=1` keeps activations of weight-only products unrounded.
 """
 
 import fcntl
@@ -57,11 +57,12 @@ def serves(x: Tensor) -> bool:
 
 
 def exact_activations(flag: bool | None = None) -> bool:
-    """Whether int4 and int8 products use activations as they are; `flag` sets it.
+    """Whether weight-only products use activations as they are; `flag` sets it.
 
     By default int4 products round activations to int8 in blocks of 64 columns (the largest divisor
     of the group size up to 64), each with its own fp32 scale; not 128 and more rows with AMX. On
-    AVX-512 int8 products of up to 16 rows round bf16 and fp16 to 16 bits in blocks of 64.
+    AVX-512 products of int8 and uint-n of up to 16 rows round bf16 and fp16 to 16 bits in blocks of
+    at most 64.
     """
     global _exact
     if flag is not None:

@@ -94,6 +94,33 @@ def test_half_precision_and_leading_dimensions(name, dtype, exact):
 
 
 @every_format
+def test_many_rows_of_bf16(name, exact):
+    """On AMX a product of its own, elsewhere fp32 panels: only the result's rounding shows."""
+    for k, n in ((203, 50), (64, 32), (1100, 33)):
+        module, *_ = quantized(name, random_weight(n, k), torch.randn(n))
+        weight, bias = module.dequantize().double(), module.bias.double()
+        module.repack()
+        for rows in (17, 48, 530):
+            x = torch.randn(rows, k).bfloat16()
+            want = module.rounded_input(x) @ weight.t() + bias
+            assert (module(x) - want).norm() / want.norm() < 2**-8, (k, n, rows)
+
+
+@pytest.mark.parametrize("groupsize", [0, 32, 64, 96, 256])
+@pytest.mark.parametrize("name", [*(f"uint{n}" for n in range(1, 8)), "int8dq-int3"])
+def test_integers_in_planes(name, groupsize):
+    """With activations in 16 bits: as near to fp64 as the result's rounding to bf16 allows."""
+    for k, n in ((203, 50), (640, 33), (96, 16)):
+        module, *_ = quantized(name, random_weight(n, k), groupsize=groupsize)
+        weight = module.dequantize().double()
+        module.repack()
+        for rows in (1, 2, 5, 16):
+            x = torch.randn(rows, k).bfloat16()
+            want = module.rounded_input(x) @ weight.t()
+            assert (module(x) - want).norm() / want.norm() < 2**-8, (k, n, rows)
+
+
+@every_format
 def test_every_level_of_the_cpu(name, level, exact):
     module, *_ = quantized(name, random_weight(18, 203), None, torch.float32)
     weight, packed = module.dequantize().double(), copy.deepcopy(module)

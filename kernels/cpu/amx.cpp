@@ -1,8 +1,8 @@
-// Many rows of x against int8 and int4 weights on AMX tiles: matrices of up to 16 rows of 64 bytes.
+// Many rows of x against quantized weights on AMX tiles: matrices of up to 16 rows of 64 bytes.
 //
-//   weight-only   x bf16, weights widened to bf16 or, where its 8 bits do not hold them, to the sum
-//                 of two bf16 numbers, whose 16 bits are more than the result's rounding shows
 //   int8dq        x int8, codes as they lie: four columns of 16 rows are a row of AMX's B
+//   the rest      x bf16, weights widened to bf16 or, where its 8 bits do not hold them, to the sum
+//                 of two bf16 numbers, whose 16 bits are more than the result's rounding shows
 //
 // 32 rows of x meet 32 outputs: two tiles of x (4, 5), two of the weight (6, 7), four of sums
 // (0 .. 3). In assembly, for the compilers' own functions do not say which memory they touch.
@@ -12,6 +12,7 @@ namespace avx512 {
 extern const Kernels kernels;
 decltype(CPU_LEVEL::int8_panel) int8_panel;
 decltype(CPU_LEVEL::int4_panel) int4_panel;
+decltype(CPU_LEVEL::coded_widen) coded_widen;
 }  // namespace avx512
 
 namespace CPU_LEVEL {
@@ -97,16 +98,19 @@ INLINE int64_t whole_rows(int64_t m0, int64_t m1, const F& f) {
 // Columns k0 .. k0 + depth of two tiles as bf16: of each tile two neighbouring columns of 16 outputs
 // in 64 bytes. Of two_bf16 then what the first numbers lack.
 template <Weight kind>
-static void widen_panel(const Linear& a, Format format, int64_t tile, int64_t k0, int64_t depth,
+static void widen_panel(const Coded& c, Format format, int64_t tile, int64_t k0, int64_t depth,
                         uint32_t* out) {
   constexpr int64_t kChunk = 32;
   alignas(64) float columns[kChunk * kPanelWidth];
+  const Linear& a = c.a;
   auto* widen = format == Format::int8 ? avx512::int8_panel : avx512::int4_panel;
   for (int64_t t = 0; t < 2; t++)
     for (int64_t k = 0; k < depth; k += kChunk) {
       const int64_t end = min(k0 + k + kChunk, a.kpad);
       memset(columns, 0, sizeof columns);
-      if ((tile + t) * 16 < a.n && k0 + k < end) widen(a, tile + t, k0 + k, end, columns);
+      if ((tile + t) * 16 >= a.n || k0 + k >= end) {}
+      else if (format != Format::coded) widen(a, tile + t, k0 + k, end, columns);
+      else avx512::coded_widen(c, tile + t, tile + t + 1, k0 + k, end, kPanelWidth, columns);
       for (int64_t i = 0; i < kChunk; i += 2) {
         const vf even = load<vf>(columns + i * kPanelWidth);
         const vf odd = load<vf>(columns + (i + 1) * kPanelWidth);
@@ -121,7 +125,8 @@ static void widen_panel(const Linear& a, Format format, int64_t tile, int64_t k0
 }
 
 template <Weight kind>
-static void panels_as(const Linear& a, Format format, int64_t p0, int64_t p1) {
+static void panels_as(const Coded& c, Format format, int64_t p0, int64_t p1) {
+  const Linear& a = c.a;
   constexpr int64_t kDepth = 1024, kRowsAtOnce = 512;  // of x: 1 MB, in the second cache
   alignas(64) static thread_local uint32_t panel[2 * kDepth * kSide];
   alignas(64) static thread_local float sums[kRowsAtOnce * kWidth];
@@ -132,7 +137,7 @@ static void panels_as(const Linear& a, Format format, int64_t p0, int64_t p1) {
     for (int64_t p = p0; p < p1; p++) {
       for (int64_t k0 = 0; k0 < columns; k0 += kDepth) {
         const int64_t depth = min(kDepth, columns - k0);
-        widen_panel<kind>(a, format, p * 2, k0, depth, panel);
+        widen_panel<kind>(c, format, p * 2, k0, depth, panel);
         const char* x = (const char*)a.x + (m0 * columns + k0) * 2;
         whole_rows(0, (rows + 15) / 16 * 16, [&](auto count, int64_t r) {
           multiply<count.value, kind>(x + r * columns * 2, columns * 2, (const char*)panel,
@@ -141,16 +146,16 @@ static void panels_as(const Linear& a, Format format, int64_t p0, int64_t p1) {
       }
       for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < 2 && (p * 2 + i) * 16 < a.n; i++) {
-          const vf line = load<vf>(sums + r * kWidth + i * 16);
+          const vf line = load<vf>(sums + r * kWidth + i * 16) * (a.xs ? a.xs[m0 + r] : 1.0f);
           finish(a, m0 + r, (p * 2 + i) * 16, &line);
         }
     }
   }
 }
 
-void bf16_panels(const Linear& a, Format format, int64_t p0, int64_t p1) {
-  if (format == Format::int8) panels_as<Weight::bf16>(a, format, p0, p1);
-  else panels_as<Weight::two_bf16>(a, format, p0, p1);
+void bf16_panels(const Coded& c, Format format, int64_t p0, int64_t p1) {
+  if (format == Format::int8) panels_as<Weight::bf16>(c, format, p0, p1);
+  else panels_as<Weight::two_bf16>(c, format, p0, p1);
 }
 
 void int8_tiles(const Linear& a, int64_t t0, int64_t t1, int64_t m0, int64_t m1) {

@@ -15,11 +15,12 @@ using OptTensor = const std::optional<Tensor>&;
 // The n-bit weight of a product whose k, n and types are set; tensors as the modules repack them.
 Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& scales,
                      OptTensor zeros, OptTensor positions, const Tensor& table, int64_t bits,
-                     int64_t group, int64_t exponent_bits);
-// x [m, k] in the form of the n-bit products: fp32 in xw [m, kpad], rounded with scales xs [m] if
-// `activations` (the modes of round_rows), and, if `sums`, its sums over groups [m, groups].
-void read_coded(Linear& a, const void* x, bool sums, int64_t activations, float* xw, float* xs,
-                float* group_sum);
+                     int64_t group, int64_t exponent_bits, bool planes);
+// Whether few rows of x meet an n-bit weight in pairs of int8; activations: the modes of round_rows.
+bool in_pairs(const Coded& c, int64_t activations, bool exact);
+// x [m, k] in the form of the n-bit products, in scratch of coded_bytes.
+int64_t coded_bytes(const Linear& a);
+void read_coded(Coded& c, const void* x, int64_t activations, bool pairs, char* scratch);
 
 namespace {
 
@@ -42,6 +43,18 @@ int64_t int4_tile_bytes(int64_t k, int64_t group) {
   return div_up(k, 8) * 64 + div_up(k, group) * 64;
 }
 
+// The sums of x over groups.
+inline void sum_groups(Linear& a, float* sums) {
+  for (int64_t m = 0; m < a.m; m++)
+    for (int64_t g = 0; g < a.groups; g++) {
+      float total = 0;
+      for (int64_t k = g * a.group; k < std::min((g + 1) * a.group, a.kpad); k++)
+        total += a.x[m * a.kpad + k];
+      sums[g * a.m + m] = total;
+    }
+  a.group_sum = sums;
+}
+
 // x [m, k] in the form of the exact products: fp32 [m, kpad] times a factor, and its sums over groups
 // [groups, m].
 inline void read_wide(Linear& a, const void* x, bool paired, float* wide, float* sums,
@@ -49,14 +62,7 @@ inline void read_wide(Linear& a, const void* x, bool paired, float* wide, float*
   kernels().widen_rows(x, a.type, a.m, a.k, a.kpad, paired, wide);
   a.x = wide;
   for (int64_t i = 0; factor != 1 && i < a.m * a.kpad; i++) wide[i] *= factor;
-  for (int64_t m = 0; m < a.m; m++)
-    for (int64_t g = 0; g < a.groups; g++) {
-      float total = 0;
-      for (int64_t k = g * a.group; k < std::min((g + 1) * a.group, a.kpad); k++)
-        total += wide[m * a.kpad + k];
-      sums[g * a.m + m] = total;
-    }
-  a.group_sum = sums;
+  sum_groups(a, sums);
 }
 
 // Bytes of a tile of 4-bit codes that multiply bytes; see int4dq.cpp.
@@ -122,7 +128,8 @@ struct Call {
 
   // Many rows: products with panels of W. In fp32 kPanelRows rows of x at a time.
   void through_panels(Format format) {
-    if (format != Format::rows && has_bf16_panels()) return through_bf16_panels(format);
+    if (format != Format::rows && has_bf16_panels())
+      return through_bf16_panels(format, Coded{a}, x.view({a.m, a.k}));
     const int64_t rows = std::min(a.m, kPanelRows), all = a.m, count = div_up(a.n, kPanelWidth);
     const int64_t per_thread = kPanelWidth * (kPanelDepth + rows), size = x.element_size();
     const int64_t threads = at::get_num_threads();
@@ -144,15 +151,13 @@ struct Call {
     }
   }
 
- private:
-  void through_bf16_panels(Format format) {
-    const int64_t rows = div_up(a.m, 16) * 16, columns = div_up(a.k, 32) * 32;
-    Tensor whole = x.view({a.m, a.k});
-    if (a.m < rows || a.k < columns)
-      whole = at::constant_pad_nd(whole, {0, columns - a.k, 0, rows - a.m});
-    a.x = static_cast<const float*>(whole.const_data_ptr());
+  // On AMX, for x or what it was rounded to, bf16 [m, columns].
+  void through_bf16_panels(Format format, Coded c, Tensor rows) {
+    const int64_t more_rows = -a.m & 15, more_columns = div_up(a.k, 32) * 32 - rows.size(1);
+    if (more_rows || more_columns) rows = at::constant_pad_nd(rows, {0, more_columns, 0, more_rows});
+    c.a.x = static_cast<const float*>(rows.const_data_ptr());
     at::parallel_for(0, div_up(a.n, kPanelWidth), 1, [&](int64_t i, int64_t j) {
-      kernels().bf16_panels(a, format, i, j);
+      kernels().bf16_panels(c, format, i, j);
     });
   }
 };

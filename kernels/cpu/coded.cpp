@@ -1,22 +1,13 @@
 // y = x W^T with n-bit codes, w = (value(code) - zero) * scale: integers, small floats, a codebook.
 //
 // Tile t holds output rows 16 t .. 16 t + 15; 32 columns are n words of 32 bits per row, word by
-// word for the 16 rows: each vector lane walks the bit stream of its row. 32 columns at a time are
-// widened into a block of fp32 that stays in the nearest cache, and every row of x meets it there.
+// word for the 16 rows: each vector lane walks the bit stream of its row, or its planes (coded.h).
+// 32 columns at a time are widened into a block of fp32 that stays in the nearest cache, and every
+// row of x meets it there.
 // With zeros, sum x w = scale * (sum x value - zero * sum x) over each group.
-#include "level.h"
+#include "coded.h"
 
 namespace CPU_LEVEL {
-
-constexpr int kBlock = 32;  // columns that are widened at a time
-
-template <int I, int End, class F>
-INLINE void unrolled(const F& f) {
-  if constexpr (I < End) {
-    f(Int<I>{});
-    unrolled<I + 1, End>(f);
-  }
-}
 
 // Code `i` of a block, part p of its 16 rows, its lowest bit at bit `to`; around it anything.
 template <int Bits, int i>
@@ -38,16 +29,7 @@ INLINE vf smaller(vf a, vf b) {
 #endif
 }
 
-// (a & mask) | c
-INLINE vu blend(vu a, uint32_t mask, vu c) {
-#if defined(__AVX512F__)
-  return (vu)_mm512_ternarylogic_epi32((__m512i)a, _mm512_set1_epi32(mask), (__m512i)c, 0xEA);
-#else
-  return (a & mask) | c;
-#endif
-}
-
-enum Kind { kInteger, kFloat, kTable };
+enum Kind { kInteger, kPlanes, kFloat, kTable };
 
 // What a code of `Bits` bits stands for; of a small float, 1 sign, E exponent, M mantissa bits.
 // All constants are held here so that they stay in registers: stores of values could change `c`.
@@ -70,10 +52,10 @@ struct Value {
       for (int i = 0; i < 127 - kBase - kBias; i++) f *= 2;
     return f;
   }
-  float base;
+  float base, from;
   const float* table;
 
-  explicit Value(const Coded& c) : base(c.table[0]), table(c.table) {
+  explicit Value(const Coded& c) : base(c.table[0]), from(8388608 - c.table[0]), table(c.table) {
 #if defined(__AVX512F__)
     low = _mm512_loadu_ps(c.table);
     high = _mm512_loadu_ps(c.table + 16);
@@ -114,7 +96,12 @@ struct Value {
   // Of code `i` of a block, part p of its rows.
   template <int i>
   INLINE vf at(const uint32_t* words, int p) const {
-    if constexpr (kLookup) return lookup(code<Bits, i>(words, p));
+    if constexpr (kind == kPlanes) {
+      const vu v = four_codes<Bits, i / 4>(words, p) >> (i % 4 * 8);
+      if constexpr (kLookup) return lookup(v);
+      return (vf)blend(v, 255, vu{} + 0x4b000000u) - from;  // the last bits of 2^23 + code
+    }
+    else if constexpr (kLookup) return lookup(code<Bits, i>(words, p));
     else if constexpr (kind == kFloat) return small_float<i>(words, p);
     else return to_float((vi)(code<Bits, i>(words, p) & ((1u << Bits) - 1))) + base;
   }
@@ -132,9 +119,14 @@ struct Decoder {
 template <Kind kind, int Bits, int E = 0>
 static void decode(const Coded& c, const uint32_t* words, const uint32_t*, float* out) {
   const Value<kind, Bits, E> value(c);
-  unrolled<0, kBlock>([&](auto i) __attribute__((always_inline)) {
-    for (int p = 0; p < kParts; p++)
-      store(out + i.value * 16 + p * kLanes, value.template at<i.value>(words, p));
+  unrolled<0, kBlock / 4>([&](auto q) __attribute__((always_inline)) {
+    constexpr int i = 4 * q.value;
+    for (int p = 0; p < kParts; p++) {
+      const vf four[] = {value.template at<i>(words, p), value.template at<i + 1>(words, p),
+                         value.template at<i + 2>(words, p), value.template at<i + 3>(words, p)};
+      UNROLL
+      for (int j = 0; j < 4; j++) store(out + (i + j) * 16 + p * kLanes, four[j]);
+    }
   });
 }
 
@@ -248,54 +240,24 @@ constexpr Decoder kSmallFloat = kDecoder<kFloat, 1 + E + M, E>;
 
 static Decoder choose(const Coded& c) {
   if (c.positions) return {decode_sparse, dot_sparse, 1};
-  constexpr Decoder none{nullptr, nullptr, 0};
-  constexpr Decoder floats[4][5] = {  // [E - 2][M - 1]
+  static constexpr Decoder none{nullptr, nullptr, 0};
+  static constexpr Decoder planes[] = {kDecoder<kPlanes, 1>, kDecoder<kPlanes, 2>, kDecoder<kPlanes, 3>,
+                                kDecoder<kPlanes, 4>, kDecoder<kPlanes, 5>, kDecoder<kPlanes, 6>,
+                                kDecoder<kPlanes, 7>};
+  static constexpr Decoder floats[4][5] = {  // [E - 2][M - 1]
       {kSmallFloat<2, 1>, kSmallFloat<2, 2>, kSmallFloat<2, 3>, kSmallFloat<2, 4>,
        kSmallFloat<2, 5>},
       {kSmallFloat<3, 1>, kSmallFloat<3, 2>, kSmallFloat<3, 3>, kSmallFloat<3, 4>, none},
       {kSmallFloat<4, 1>, kSmallFloat<4, 2>, kSmallFloat<4, 3>, none, none},
       {kSmallFloat<5, 1>, kSmallFloat<5, 2>, none, none, none}};
   if (c.exponent_bits) return floats[c.exponent_bits - 2][c.bits - c.exponent_bits - 2];
-  if (!c.integers) return kDecoder<kTable, 4>;
-  constexpr Decoder integers[] = {
-      kDecoder<kInteger, 1>, kDecoder<kInteger, 2>, kDecoder<kInteger, 3>, kDecoder<kInteger, 4>,
-      kDecoder<kInteger, 5>, kDecoder<kInteger, 6>, kDecoder<kInteger, 7>, kDecoder<kInteger, 8>};
-  return integers[c.bits - 1];
+  return c.planes ? planes[c.bits - 1] : kDecoder<kTable, 4>;
 }
 
-// Where a tile's parts lie.
-struct Tile {
-  const uint32_t *codes, *positions;
-  const char* scales;
-  const uint8_t* zeros;
-
-  Tile(const Coded& c, int64_t tile) {
-    const int64_t blocks = c.a.kpad / kBlock, at = tile * c.a.groups * 16;
-    codes = c.codes + tile * blocks * words(c) * 16;
-    positions = c.positions ? c.positions + tile * blocks * 16 : nullptr;
-    scales = (const char*)c.scales + at * size(c);
-    zeros = c.zeros ? c.zeros + at : nullptr;
-  }
-  static int64_t words(const Coded& c) { return c.positions ? 2 : c.bits; }
-  static int64_t size(const Coded& c) { return c.scale_type == Type::fp32 ? 4 : 2; }
-
-  void decode(const Coded& c, const Decoder& f, int64_t block, float* out) const {
-    f.block(c, codes + block * words(c) * 16, positions ? positions + block * 16 : nullptr, out);
-  }
-  void dot(const Coded& c, const Decoder& f, int64_t block, float* sums) const {
-    f.dot(c, codes + block * words(c) * 16, positions ? positions + block * 16 : nullptr,
-          c.a.x + block * kBlock, sums);
-  }
-  // What sums over a group are multiplied by.
-  vf scale(const Coded& c, const Decoder& f, int64_t group, int p) const {
-    return load_many(scales, c.scale_type, group * 16 + p * kLanes) * f.factor;
-  }
-  vf zero(int64_t group, int p) const {
-    typedef uint8_t bytes __attribute__((vector_size(kLanes)));
-    if (!zeros) return vf{};
-    return to_float(__builtin_convertvector(load<bytes>(zeros + group * 16 + p * kLanes), vi));
-  }
-};
+static void decode(const Coded& c, const Decoder& f, const Tile& tile, int64_t block, float* out) {
+  f.block(c, tile.codes + block * Tile::words(c) * 16,
+          tile.positions ? tile.positions + block * 16 : nullptr, out);
+}
 
 // sums [M][16] += a block's 32 columns times M rows of x.
 template <int M>
@@ -334,10 +296,11 @@ void coded_tiles(const Coded& c, int64_t tile0, int64_t tile1) {
       memset(dots, 0, a.m * 64);
       for (int64_t k = g * a.group; k < end; k += kBlock) {
         if (a.m == 1) {
-          tile.dot(c, f, k / kBlock, dots);
+          f.dot(c, tile.codes + k / kBlock * Tile::words(c) * 16,
+                tile.positions ? tile.positions + k / kBlock * 16 : nullptr, a.x + k, dots);
           continue;
         }
-        tile.decode(c, f, k / kBlock, block);
+        decode(c, f, tile, k / kBlock, block);
         int64_t m = 0;
         for (; m + 4 <= a.m; m += 4)
           accumulate<4>(block, a.x + m * a.kpad + k, a.kpad, dots + m * 16);
@@ -346,10 +309,10 @@ void coded_tiles(const Coded& c, int64_t tile0, int64_t tile1) {
         if (m < a.m) accumulate<1>(block, a.x + m * a.kpad + k, a.kpad, dots + m * 16);
       }
       for (int p = 0; p < kParts; p++) {
-        const vf scale = tile.scale(c, f, g, p), zero = tile.zero(g, p);
+        const vf scale = tile.scale(c, g, p) * f.factor, zero = tile.zero(g, p);
         for (int64_t m = 0; m < a.m; m++)
           sums[m][p] += scale * (load<vf>(dots + m * 16 + p * kLanes) -
-                                 zero * (c.zeros ? a.group_sum[m * a.groups + g] : 0.0f));
+                                 zero * (c.zeros ? a.group_sum[g * a.m + m] : 0.0f));
       }
     }
     for (int64_t m = 0; m < a.m; m++) {
@@ -360,18 +323,19 @@ void coded_tiles(const Coded& c, int64_t tile0, int64_t tile1) {
   }
 }
 
-void coded_widen(const Coded& c, int64_t tile0, int64_t tile1, int64_t stride, float* out) {
+void coded_widen(const Coded& c, int64_t tile0, int64_t tile1, int64_t k0, int64_t k1, int64_t stride,
+                 float* out) {
   const Decoder f = choose(c);
   alignas(64) float block[kBlock * 16];
   for (int64_t t = tile0; t < tile1; t++) {
     const Tile tile(c, t);
-    for (int64_t k = 0; k < c.a.kpad; k += kBlock) {
+    for (int64_t k = k0; k < k1; k += kBlock) {
       const int64_t g = k / c.a.group;
-      tile.decode(c, f, k / kBlock, block);
+      decode(c, f, tile, k / kBlock, block);
       for (int p = 0; p < kParts; p++) {
-        const vf scale = tile.scale(c, f, g, p), zero = tile.zero(g, p);
+        const vf scale = tile.scale(c, g, p) * f.factor, zero = tile.zero(g, p);
         for (int i = 0; i < kBlock; i++)
-          store(out + (k + i) * stride + (t - tile0) * 16 + p * kLanes,
+          store(out + (k - k0 + i) * stride + (t - tile0) * 16 + p * kLanes,
                 (load<vf>(block + i * 16 + p * kLanes) - zero) * scale);
       }
     }

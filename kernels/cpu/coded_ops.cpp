@@ -17,7 +17,7 @@ const void* data(OptTensor t, at::ScalarType type, int64_t count, const char* na
 
 Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& scales,
                      OptTensor zeros, OptTensor positions, const Tensor& table, int64_t bits,
-                     int64_t group, int64_t exponent_bits) {
+                     int64_t group, int64_t exponent_bits, bool planes) {
   TORCH_CHECK_VALUE(bits >= 1 && bits <= 8 && exponent_bits >= 0 && exponent_bits <= 5 &&
                         (!exponent_bits || (exponent_bits >= 2 && exponent_bits <= bits - 2)),
                     "no such format: ", bits, " bits, of them ", exponent_bits, " exponent");
@@ -40,35 +40,64 @@ Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& s
   const auto* values =
       static_cast<const float*>(data(table, at::kFloat, int64_t(1) << bits, "table"));
   for (int i = 0; i < 32; i++) c.table[i] = values[i % (1 << bits)];
-  c.integers = true;
-  for (int i = 0; i < 1 << bits; i++) c.integers &= values[i] == values[0] + float(i);
-  TORCH_CHECK_VALUE(c.integers || exponent_bits || bits == 4, "a free table has 16 values");
+  c.planes = planes;
+  TORCH_CHECK_VALUE(planes || exponent_bits || bits == 4, "a free table has 16 values");
+  TORCH_CHECK_VALUE(!planes || (bits < 8 && !exponent_bits && !positions), "planes are of integers");
+  for (int i = 0; planes && i < 1 << bits; i++)
+    TORCH_CHECK_VALUE(values[i] == values[0] + float(i), "planes are of integers");
+  a.block = planes && a.group % kPairBlock && a.groups > 1 ? 32 : kPairBlock;
+  a.blocks = div_up(a.kpad, a.block);
   return c;
 }
 
-void read_coded(Linear& a, const void* x, bool sums, int64_t activations, float* xw, float* xs,
-                float* group_sum) {
-  kernels().widen_rows(x, a.type, a.m, a.k, a.kpad, false, xw);
-  if (activations) kernels().round_rows(xw, a.m, a.k, a.kpad, int(activations), xs);
-  for (int64_t i = 0; sums && i < a.m; i++)
-    for (int64_t g = 0; g < a.groups; g++) {
-      float total = 0;
-      const float* row = xw + i * a.kpad;
-      for (int64_t j = g * a.group; j < std::min((g + 1) * a.group, a.kpad); j++) total += row[j];
-      group_sum[i * a.groups + g] = total;
-    }
-  a.x = xw;
-  a.group_sum = group_sum;
-  a.xs = activations ? xs : nullptr;
+bool in_pairs(const Coded& c, int64_t activations, bool exact) {
+  return c.planes && kernels().plane_pairs &&
+         (activations == 1 || (!activations && in_pairs(c.a.type, exact)));
+}
+
+int64_t coded_bytes(const Linear& a) {
+  return Scratch::round_up(a.m * a.kpad * 4) + Scratch::round_up(a.m * a.kpad * 2) +
+         Scratch::round_up(a.m * 4) + 2 * Scratch::round_up(a.m * a.blocks * 4) +
+         Scratch::round_up(a.m * a.groups * 4);
+}
+
+void read_coded(Coded& c, const void* x, int64_t activations, bool pairs, char* scratch) {
+  Linear& a = c.a;
+  auto take = [&](int64_t bytes) {
+    char* p = scratch;
+    scratch += Scratch::round_up(bytes);
+    return p;
+  };
+  float* wide = reinterpret_cast<float*>(take(a.m * a.kpad * 4));
+  float* sums = c.zeros ? reinterpret_cast<float*>(take(a.m * a.groups * 4)) : nullptr;
+  a.x = wide;
+  if (activations || !pairs) kernels().widen_rows(x, a.type, a.m, a.k, a.kpad, false, wide);
+  if (activations) {
+    float* scales = reinterpret_cast<float*>(take(a.m * 4));
+    kernels().round_rows(wide, a.m, a.k, a.kpad, int(activations), scales);
+    a.xs = scales;
+  }
+  if (!pairs) {
+    if (sums) sum_groups(a, sums);
+    return;
+  }
+  Quantized q{reinterpret_cast<int8_t*>(take(a.m * a.kpad * 2)),
+              reinterpret_cast<float*>(take(a.m * a.blocks * 4)),
+              reinterpret_cast<int32_t*>(take(a.m * a.blocks * 4)), sums, int32_t(-c.table[0]),
+              Rounding::pairs};
+  Linear from = a;
+  if (activations) {
+    from.type = Type::fp32;
+    from.k = a.kpad;
+  }
+  kernels().quantize_rows(activations ? wide : x, from, q, 0, a.m);
+  a.xq = q.xq;
+  a.xs = q.xs;
+  a.offset = q.offset;
+  a.group_sum = sums;
 }
 
 namespace {
-
-// Few rows of x: stream the codes, each thread its tiles.
-void stream(Call& call, Coded& c) {
-  const int64_t bytes = (c.positions ? 3 : c.bits) * c.a.kpad * 2;
-  call.over_tiles(bytes, [&](int64_t i, int64_t j) { kernels().coded_tiles(c, i, j); });
-}
 
 // Many rows: W^T in fp32 panels, then fp32 products.
 void through_wide_panels(Call& call, const Coded& c, const Tensor& rows) {
@@ -81,7 +110,7 @@ void through_wide_panels(Call& call, const Coded& c, const Tensor& rows) {
   for (int64_t n = 0; n < a.n; n += kPanelRows) {
     int64_t count = std::min(kPanelRows, a.n - n), first = n / 16;
     at::parallel_for(0, div_up(count, 16), 4, [&](int64_t i, int64_t j) {
-      kernels().coded_widen(c, first + i, first + j, width, to + i * 16);
+      kernels().coded_widen(c, first + i, first + j, 0, a.kpad, width, to + i * 16);
     });
     Tensor part = at::mm(rows, panel.narrow(1, 0, count));
     if (a.xs) part.mul_(scales);
@@ -92,37 +121,45 @@ void through_wide_panels(Call& call, const Coded& c, const Tensor& rows) {
 
 Tensor coded_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, OptTensor zeros,
                     OptTensor positions, const Tensor& table, OptTensor bias, int64_t n, int64_t k,
-                    int64_t bits, int64_t group, int64_t exponent_bits, int64_t activations) {
+                    int64_t bits, int64_t group, int64_t exponent_bits, int64_t activations,
+                    bool planes, bool exact) {
   TORCH_CHECK_VALUE(activations >= 0 && activations <= 3, "no such activations");
   Call call(x, bias, std::nullopt, n, k);
   Coded c = describe_coded(call.a, tiles, scales, zeros, positions, table, bits, group,
-                           exponent_bits);
+                           exponent_bits, planes);
   if (call.empty()) return call.y;
-  Linear& a = call.a = c.a;
-  const bool few = a.m <= kFewRows;
-  Tensor wide = at::empty({a.m, a.kpad + (activations ? 1 : 0) + (zeros ? a.groups : 0)},
-                          x.options().dtype(at::kFloat));
-  float* xw = wide.mutable_data_ptr<float>();
-  float *xs = xw + a.m * a.kpad, *sums = xs + (activations ? a.m : 0);
+  Linear& a = c.a;
   const char* from = static_cast<const char*>(call.x.const_data_ptr());
-  if (few) {
-    read_coded(a, from, bool(zeros), activations, xw, xs, sums);
-    c.a = a;
-    stream(call, c);
+  if (a.m <= kFewRows) {  // stream the codes, each thread its tiles
+    const bool pairs = in_pairs(c, activations, exact);
+    Scratch scratch(coded_bytes(a));
+    read_coded(c, from, activations, pairs, scratch.take<char>(coded_bytes(a)));
+    const auto tiles_of = pairs ? kernels().plane_pairs : kernels().coded_tiles;
+    call.over_tiles((positions ? 3 : bits) * a.kpad * 2,
+                    [&](int64_t i, int64_t j) { tiles_of(c, i, j); });
     return call.y;
   }
+  if (!activations && call.has_bf16_panels()) {
+    call.through_bf16_panels(Format::coded, c, call.x.view({a.m, k}));
+    return call.y;
+  }
+  Tensor wide = at::empty({a.m, a.kpad + (activations ? 1 : 0)}, x.options().dtype(at::kFloat));
+  float *xw = wide.mutable_data_ptr<float>(), *xs = xw + a.m * a.kpad;
   const bool apart = activations != 3;  // whether rows are rounded without knowing the others
   at::parallel_for(0, a.m, 16, [&](int64_t i, int64_t j) {
-    Linear part = a;
-    part.m = j - i;
-    read_coded(part, from + i * k * x.element_size(), false, apart ? activations : 0,
-               xw + i * a.kpad, xs + i, nullptr);
+    float* rows = xw + i * a.kpad;
+    kernels().widen_rows(from + i * k * x.element_size(), a.type, j - i, k, a.kpad, false, rows);
+    if (activations && apart)
+      kernels().round_rows(rows, j - i, k, a.kpad, int(activations), xs + i);
   });
   if (!apart) kernels().round_rows(xw, a.m, k, a.kpad, int(activations), xs);
   a.x = xw;
   a.xs = activations ? xs : nullptr;
-  c.a = a;
-  through_wide_panels(call, c, at::from_blob(xw, {a.m, a.kpad}, wide.options()));
+  const Tensor rows = at::from_blob(xw, {a.m, a.kpad}, wide.options());
+  if (call.has_bf16_panels())  // e4m3 and integers up to 255 are bf16 numbers
+    call.through_bf16_panels(Format::coded, c, rows.to(at::kBFloat16));
+  else
+    through_wide_panels(call, c, rows);
   return call.y;
 }
 
@@ -131,7 +168,7 @@ Tensor coded_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, 
 TORCH_LIBRARY_FRAGMENT(flatllama, m) {
   m.def("coded_linear(Tensor x, Tensor tiles, Tensor scales, Tensor? zeros, "
         "Tensor? positions, Tensor table, Tensor? bias, int N, int K, int bits, int groupsize, "
-        "int exponent_bits, int activations) -> Tensor");
+        "int exponent_bits, int activations, bool planes=False, bool exact=False) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(flatllama, CPU, m) { m.impl("coded_linear", coded_linear); }

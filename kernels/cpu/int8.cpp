@@ -50,12 +50,17 @@ static void pair_rows(const void* x, const Linear& a, const Quantized& out, int6
   alignas(64) int8_t high[kPairBlock], low[kPairBlock];
   const int64_t size = a.type == Type::fp32 ? 4 : 2;
   for (int64_t m = m0; m < m1; m++)
-    for (int64_t k = 0, b = m; k < a.kpad; k += kPairBlock, b += a.m) {
-      const int64_t len = min(kPairBlock, a.kpad - k);
+    for (int64_t k = 0, b = m; k < a.kpad; k += a.block, b += a.m) {
+      const int64_t len = min(a.block, a.kpad - k);
       widen_rows((const char*)x + (m * a.k + k) * size, a.type, 1, min(len, a.k - k), kPairBlock,
                  false, values);  // zeros after the row's end
-      out.xs[b] = amax(values, kPairBlock) / 32512;
-      out.offset[b] = -out.zero_code * round_pairs(values, kPairBlock, out.xs[b], high, low);
+      out.xs[b] = a.xs ? a.xs[m] : amax(values, kPairBlock) / 32512;
+      const int32_t total = round_pairs(values, kPairBlock, a.xs ? 1 : out.xs[b], high, low);
+      out.offset[b] = -out.zero_code * total;
+      if (out.group_sum) {
+        float& sum = out.group_sum[k / a.group * a.m + m];
+        sum = (k % a.group ? sum : 0) + out.xs[b] * float(total);
+      }
       memcpy(out.xq + m * a.kpad + k, high, len);
       memcpy(out.xq + (a.m + m) * a.kpad + k, low, len);
     }

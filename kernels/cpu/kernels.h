@@ -13,7 +13,7 @@ constexpr int64_t kFewRows = 16;  // of x: up to here the products stream the we
 struct Linear {
   const void* w;           // rows (float) or tiles (int8, int4)
   const float* x;          // [m, kpad] fp32, or as widen_rows leaves it for float_rows
-  const float* group_sum;  // sum of x over each group of w: int4 [groups, m], coded [m, groups]
+  const float* group_sum;  // [groups, m] sum of x over each group of w
   const int8_t* xq;        // [m, kpad] codes of x; of pairs: the high ones, then the low ones
   const float* xs;         // [blocks, m] their scales
   const int32_t* offset;   // [blocks, m] minus the zero code of w times the sum of the codes of x;
@@ -27,7 +27,8 @@ struct Linear {
 
 // How x is quantized: to int8, s = amax / 127 of each block; to int8, s = max(amax / 127, 1e-5) of
 // a row; to unsigned bytes, the same plus 128; or from the row's lowest to its highest number; to 16
-// bits, s = amax / 32512 of each block, as two int8: round(x / s) = 256 high + low.
+// bits, s = amax / 32512 of each block, as two int8: round(x / s) = 256 high + low. Where rows have
+// scales xs [m] already, pairs are their integers x under these scales.
 enum class Rounding : int { blocks, token, bytes, span, pairs };
 constexpr int64_t kPairBlock = 64;
 
@@ -60,7 +61,8 @@ constexpr int64_t attention_scratch(int64_t d) {
 }
 
 // A product with an n-bit weight: w = (value of the code - zero) * scale; see coded.cpp.
-// Of `a`, x (padded to 32 columns), group_sum and, if x is quantized, xs [m] are used.
+// Of `a`, x (padded to 32 columns), group_sum and, if x is quantized, xs [m] are used; in pairs,
+// what quantize_rows leaves.
 struct Coded {
   Linear a;
   const uint32_t* codes;        // [tiles, words, 16]: 32 columns are `bits` words
@@ -69,11 +71,11 @@ struct Coded {
   const uint8_t* zeros;         // [tiles, groups, 16] or null
   float table[32];              // value of the code's low 5 bits
   int bits, exponent_bits;      // exponent_bits > 0: codes are small floats
-  bool integers;                // value = code + table[0]
+  bool planes;                  // of codes in bit planes (coded.h); then value = code + table[0]
   Type scale_type;
 };
 
-enum class Format : int { rows, int8, int4 };
+enum class Format : int { rows, int8, int4, coded };
 
 struct Kernels {
   const char* name;
@@ -90,15 +92,19 @@ struct Kernels {
   void (*int4dq_tiles)(const Linear&, int64_t tile0, int64_t tile1);  // a.scales: nested
   // panels of 32 outputs, many rows; scratch: kPanelWidth (kPanelDepth + m) floats
   void (*panels)(const Linear&, Format, int64_t panel0, int64_t panel1, float* scratch);
-  // of int8 or int4, for bf16 x [m, k] as it is, zeros up to whole 16 rows of whole 32 columns;
-  // null where there is no AMX
-  void (*bf16_panels)(const Linear&, Format, int64_t panel0, int64_t panel1);
+  // of all but rows, for bf16 x [m, k] as it is, zeros up to whole 16 rows of whole 32 columns, with
+  // scales xs [m] or without; only coded needs more than c.a; null where there is no AMX
+  void (*bf16_panels)(const Coded& c, Format, int64_t panel0, int64_t panel1);
   // rows of fp32 x [m, kpad] in place, and their scales [m]; mode 1: to integers of a span of 255;
   // 2: to e4m3; 3: to e4m3, all rows with one scale
   void (*round_rows)(float* x, int64_t m, int64_t k, int64_t kpad, int mode, float* scales);
   void (*coded_tiles)(const Coded&, int64_t tile0, int64_t tile1);
-  // fp32 weights, column k of row r of tile t at out[k * stride + 16 (t - tile0) + r]
-  void (*coded_widen)(const Coded&, int64_t tile0, int64_t tile1, int64_t stride, float* out);
+  // of planes, x in pairs of int8; null where coded_tiles is as fast
+  void (*plane_pairs)(const Coded&, int64_t tile0, int64_t tile1);
+  // fp32 weights of whole blocks of 32 columns k0 .. k1, column k of row r of tile t at
+  // out[(k - k0) * stride + 16 (t - tile0) + r]
+  void (*coded_widen)(const Coded&, int64_t tile0, int64_t tile1, int64_t k0, int64_t k1,
+                      int64_t stride, float* out);
   void (*attend)(const Attention&, int64_t begin, int64_t end);
   // Row r of `splits` parts of attend(), `stride` floats apart and starting with out [rows, padded],
   // max, sum -> y [d] at index `at`

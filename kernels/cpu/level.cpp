@@ -41,6 +41,7 @@ extern const Kernels kernels{
     .panels = panels,
     .round_rows = round_rows,
     .coded_tiles = coded_tiles,
+    .plane_pairs = kLanes == 16 ? plane_pairs : nullptr,
     .coded_widen = coded_widen,
     .attend = attend,
     .merge = merge,

@@ -82,11 +82,12 @@ struct Product {
         }
         break;
       case Kind::coded:
-        has(7, {3, 6});
+        has(9, {3, 6});
         for (size_t i = 3; i < tensors.size(); i++)
           if (get(i)) hold(*get(i));
         c = describe_coded(a, weight, *get(3), get(4), get(5), *get(6), numbers[3], numbers[4],
-                           numbers[5]);
+                           numbers[5], numbers[7]);
+        exact = numbers[8];
         activations = numbers[6];
         TORCH_CHECK_VALUE(activations >= 0 && activations <= 3, "no such activations");
         break;
@@ -100,6 +101,9 @@ struct Product {
     return kind == Kind::int8 ? !in_pairs(c.a.type, exact) : kind == Kind::int4 && exact;
   }
 
+  // Whether codes in planes meet pairs of int8.
+  bool pairs() const { return kind == Kind::coded && in_pairs(c, activations, exact); }
+
   // Output columns are handed out in units of so many.
   int64_t unit() const { return kind == Kind::rows ? 4 : 32; }
   int64_t units() const { return div_up(c.a.n, unit()); }
@@ -107,9 +111,9 @@ struct Product {
 
   // Scratch that read() needs for m rows.
   int64_t bytes(int64_t m) const {
-    const Linear& a = c.a;
-    return Scratch::round_up(m * a.k * 4) + Scratch::round_up(m * a.kpad * 4) +
-           3 * Scratch::round_up(m * (a.blocks + a.groups + 1) * 4);
+    Linear a = c.a;
+    a.m = m;
+    return Scratch::round_up(m * a.k * 4) + coded_bytes(a);
   }
 
   // The product of x [m, k] into y [m, n], with x in the form that run() takes; each thread makes
@@ -132,12 +136,14 @@ struct Product {
                                  a.k, scaled + r * a.k * size);
       x = scaled;
     }
-    float* wide = take(a.m * a.kpad);
-    float* scales = take(a.m * (a.blocks + 1));
-    float* sums = take(a.m * std::max<int64_t>(a.groups, 1));
     if (kind == Kind::coded) {
-      read_coded(a, x, own.zeros, activations, wide, scales, sums);
-    } else if (kind == Kind::rows || takes_fp32()) {
+      read_coded(own, x, activations, pairs(), scratch);
+      return own;
+    }
+    float* wide = take(a.m * a.kpad);
+    float* scales = take(a.m * a.blocks);
+    float* sums = take(a.m * a.groups);
+    if (kind == Kind::rows || takes_fp32()) {
       read_wide(a, x, kind == Kind::rows && a.type == Type::bf16, wide, sums,
                 kind == Kind::int8 ? kByteOnTop : 1);
     } else {
@@ -165,7 +171,7 @@ struct Product {
     const Kernels& k = kernels();
     if (first >= last) return;
     if (kind == Kind::rows) k.float_rows(a, first * 4, std::min(last * 4, a.n));
-    else if (kind == Kind::coded) k.coded_tiles(own, first * 2, end);
+    else if (kind == Kind::coded) (pairs() ? k.plane_pairs : k.coded_tiles)(own, first * 2, end);
     else if (kind == Kind::int4dq) k.int4dq_tiles(a, first * 2, end);
     else if (kind == Kind::int4 && takes_fp32()) k.int4_exact(a, first * 2, end);
     else if (kind == Kind::int4) k.int4_tiles(a, first * 2, end, 0, a.m);
