@@ -52,7 +52,7 @@ def plane_tiles(packed: Tensor, bits: int, columns: int) -> Tensor:
     for rows in packed.split(16 * max(1, PANEL // (16 * max(columns, 1)))):
         codes = unpack(rows, bits, columns)
         codes = F.pad(codes, (0, -columns % 32, 0, -codes.shape[0] % 16))
-        codes = codes.view(codes.shape[0] // 16, 16, -1, 8, 4)  # [tile, row, 32 columns, step, byte]
+        codes = codes.view(codes.shape[0] // 16, 16, -1, 8, 4)  # [tile, row, block, step, byte]
         lines, below = [], 0
         for width in (4, 2, 1):
             if bits & width:
@@ -60,7 +60,7 @@ def plane_tiles(packed: Tensor, bits: int, columns: int) -> Tensor:
                 shifts = width * torch.arange(8 // width, dtype=torch.uint8)[:, None]
                 lines.append((fields << shifts).sum(4, dtype=torch.uint8))
                 below += width
-        lines = torch.cat(lines, 3)  # [tile, row, 32 columns, line, byte]
+        lines = torch.cat(lines, 3)  # [tile, row, block, line, byte]
         parts.append(lines.permute(0, 2, 3, 1, 4).flatten(1).contiguous())
     return torch.cat(parts).view(torch.int32).unflatten(1, (-1, 16))
 
