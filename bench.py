@@ -50,6 +50,7 @@ class Entry:
     flags: list[str]
     turns: list[dict] = field(default_factory=list)
     perplexity: float | None = None
+    failure: str | None = None  # why there will be no row
 
 
 def run_script(script: str, flags: list[str]) -> dict:
@@ -152,10 +153,20 @@ def checkpoint_entry(source: Checkpoint, mode: Mode, folder: Path, device: str) 
 
 
 def take_turns(entries: list[Entry], flags: list[str], repeats: int) -> None:
-    """Measure every entry `repeats` times, all of them once before any of them again."""
+    """Measure every entry `repeats` times, all of them once before any of them again.
+
+    One that fails keeps the reason and is left out from then on.
+    """
     for turn in range(repeats):
         for entry in entries:
-            figures = run_script("generate.py", [*entry.flags, *flags])
+            if entry.failure:
+                continue
+            try:
+                figures = run_script("generate.py", [*entry.flags, *flags])
+            except UserError as error:
+                entry.failure = str(error)
+                progress(f"{entry.mode} failed: {error}")
+                continue
             entry.turns.append(figures)
             speed = figures["decode_tokens_per_s"]["p50"]
             progress(f"turn {turn + 1} of {repeats}: {entry.mode} {speed:.1f} tokens/s")
@@ -283,6 +294,10 @@ def benchmark(entries: list[Entry], args: argparse.Namespace, folder: Path) -> d
         "--temperature", "0", "--ignore_eos", *compiled,
     ]  # fmt: skip
     take_turns(entries, [*shared, *generate], args.repeats)
+    failed = {entry.mode: entry.failure for entry in entries if entry.failure}
+    entries = [entry for entry in entries if not entry.failure]
+    if not entries:
+        raise UserError(f"no mode could be measured: {next(iter(failed.values()))}")
     protocol = (
         f"decoding {args.max_new_tokens} tokens greedily after a prompt of {args.prompt}, batch 1, "
         f"{'compiled' if args.compile else 'eager'}, prefill and compilation not counted; median "
@@ -304,7 +319,8 @@ def benchmark(entries: list[Entry], args: argparse.Namespace, folder: Path) -> d
         "platform": platform.platform(), "read_bandwidth_bytes_per_s": read,
     }  # fmt: skip
     rows = [asdict(row) for row in make_rows(entries, read)]
-    return {"machine": machine, "command": sys.argv, "protocol": protocol, "rows": rows}
+    return {"machine": machine, "command": sys.argv, "protocol": protocol, "rows": rows,
+            "failed": failed}  # fmt: skip
 
 
 def make_entries(args: argparse.Namespace, folder: Path) -> list[Entry]:
@@ -357,6 +373,8 @@ def main() -> None:
     write_json(args.json, figures)
     if args.plot:
         plot(rows, args.plot, f"{machine['device']}; {args.text.name}")
+    if failed := figures["failed"]:
+        raise UserError(f"no row for {', '.join(failed)}: {next(iter(failed.values()))}")
 
 
 if __name__ == "__main__":

@@ -101,6 +101,10 @@ def latency(model: Transformer, args: argparse.Namespace) -> list[dict]:
         engine = policy_engine(policy, model, args)
         progress(f"{policy}: warm-up ...")
         compile_s = engine.warm_up()
+        if args.device.startswith("cuda") and "prefill" not in engine.compiled:
+            for prompt, _ in stream:  # a new length may be the first for one of Triton's kernels
+                engine.cached = []
+                engine.generate([prompt], 2)
         graphs, first, steps = compiled_graphs(), [], []
         for prompt, new in stream:
             engine.cached = []  # requests of strangers share nothing

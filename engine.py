@@ -318,12 +318,25 @@ class Engine:
         for uniform, position in zip(u, positions, strict=True):
             # a replayed CUDA graph writes over its last output
             previous = token.clone() if self.device.type == "cuda" else token
+            on_host = self._fetch(previous)
             token = self.decode_step(previous, position, uniform)
             clock.mark()
-            # waits for the step before the one that runs now
-            if rows.take([row for (row,) in previous.tolist()]):
+            if rows.take([row for (row,) in on_host()]):  # while the step runs
                 return
         rows.take([row for (row,) in token.tolist()])
+
+    def _fetch(self, token: Tensor) -> Callable[[], list]:
+        """Start to copy a tensor to the host; the result waits for the copy, not for later work."""
+        if self.device.type != "cuda":
+            return token.tolist
+        copy, copied = token.to("cpu", non_blocking=True), torch.cuda.Event()
+        copied.record()
+
+        def wait() -> list:
+            copied.synchronize()
+            return copy.tolist()
+
+        return wait
 
     def _check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
         if len(prompts) != self.batch:

@@ -117,7 +117,7 @@ def report(engine: Engine, results: list[Result], args, mode: str, compile_s: fl
     steps = [s for r in results for s in r.step_s]
     last = results[-1]
     position = last.prompt_tokens + len(last.step_s) / 2
-    read, batch = step_bytes(engine, position), engine.batch
+    read, batch, peak = step_bytes(engine, position), engine.batch, peak_memory(args.device)
     step = spread(steps)
     bandwidth = read / step["p50"] if steps else float("nan")
     speeds = [n / s for r in results for n, s in zip(live_rows(r), r.step_s, strict=True) if n]
@@ -138,7 +138,7 @@ def report(engine: Engine, results: list[Result], args, mode: str, compile_s: fl
         "weight_bytes": weight_bytes(engine.model), "bytes_per_token": read and read // batch,
         "bandwidth_bytes_per_s": bandwidth,
         "read_bandwidth_bytes_per_s": read_bandwidth(args.device),
-        "peak_memory_bytes": peak_memory(args.device),
+        "peak_memory_bytes": peak,
         "token_ids": [ids for r in results for ids in r.token_ids], **speculation(results),
     }  # fmt: skip
 

@@ -63,7 +63,8 @@ class TinygemmWeight(nn.Module):
 
 
 def int8_product(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] times int8 weight [N, K] and its scales [N] in x's dtype."""
-    y = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), weight, scales.to(x.dtype))
-    y = y.view(*x.shape[:-1], -1)
+    """x [..., K] times int8 weight [N, K] and its scales [N]; in fp32, which is what the operator
+    of torch 2.11 returns on a GPU for any x, whatever its fake says."""
+    y = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2).float(), weight, scales.float())
+    y = y.to(x.dtype).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias

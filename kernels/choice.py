@@ -47,9 +47,17 @@ def triton_on(device: torch.device) -> bool:
     return _setting == "triton" and device.type == "cpu" and interpreting()
 
 
-@functools.cache
 def load_triton() -> None:
-    """Import the Triton kernels, which registers their operators."""
+    """Import the Triton kernels, which registers their operators.
+
+    Nothing while torch.compile traces, which cannot follow an import: load them before.
+    """
+    if not torch.compiler.is_compiling():
+        _import_kernels()
+
+
+@functools.cache
+def _import_kernels() -> None:
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("the Triton kernels need `pip install triton`; or take --kernels aten")
     for name in ("linear", "attention"):

@@ -76,7 +76,8 @@ class CodebookGrid(Grid):
         generator, values, weights = torch.Generator().manual_seed(0), [], []
 
         def some(count: int) -> Tensor:
-            return torch.randperm(count, generator=generator)[:SAMPLE].to(piece.device)
+            chosen = torch.randperm(count, generator=generator, device="cpu")
+            return chosen[:SAMPLE].to(piece.device)
 
         for piece in pieces:
             w = piece.float()

@@ -3,7 +3,9 @@
 python scripts/check_cuda.py --json cuda.json
 
 Checking comes first: every format, rows of every kernel, ragged and regular shapes, against the
-canonical weight's product in fp64; attention against its reference. The times are of Llama-3-8B's
+canonical weight's product in fp64; attention against its reference. Nearly all of that time is
+Triton's, which compiles over a thousand kernels, so each format is checked in a process of its own,
+`--jobs` at a time; a crash ends that format's checks alone. The times are of Llama-3-8B's
 largest weight [28672, 4096], replayed in a CUDA graph over several copies of the weight, so that
 none is in the cache; beside each the same product of a plain bf16 weight by the library, timed in
 turns. Exit code 1 if a kernel is wrong.
@@ -12,9 +14,13 @@ turns. Exit code 1 if a kernel is wrong.
 import argparse
 import copy
 import json
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +37,7 @@ from measure import read_bandwidth
 ROWS = (1, 2, 7, 16, 17, 64, 100, 600)
 SHAPES = ((4096, 512), (576, 130), (203, 35))  # K, N
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 2e-3}
+ROUNDED_TO_BF16 = ("int8dq-", "float8dq-")  # formats whose many rows pass through bf16
 TIMED_ROWS = (1, 2, 8, 16, 32, 64, 128, 256, 512, 2048)
 ATTENTION = [  # B, H, Hkv, T, S, D, start
     (1, 32, 8, 1, 4096, 128, [4000]), (2, 9, 3, 1, 700, 64, [650, 0]), (1, 8, 1, 5, 200, 80, [33]),
@@ -64,9 +71,24 @@ def check_format(name: str) -> list[dict]:
             for rows in ROWS:
                 x = torch.randn(rows, k, device="cuda").to(dtype)
                 error = relative(module(x), module.rounded_input(x) @ weight.t())
+                limit = tolerance
+                if rows > 16 and name.startswith(ROUNDED_TO_BF16):
+                    limit = TOLERANCE[torch.bfloat16]
                 what = f"{name} [{n}, {k}] {dtype}, {rows} rows"
-                found.append({"what": what, "error": error, "ok": error < tolerance})
+                found.append({"what": what, "error": error, "ok": error < limit})
     return found
+
+
+def check_apart(name: str) -> list[dict]:
+    """`check_format` in a process of its own; one that fails counts as wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "checks.json"
+        command = [sys.executable, __file__, "--check", name, "--json", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if out.exists():
+            return json.loads(out.read_text())["checks"]
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return [{"what": f"{name}: {last}", "error": float("nan"), "ok": False}]
 
 
 def check_float() -> list[dict]:
@@ -141,13 +163,14 @@ def time_format(name: str, n: int, k: int, read: float, repeats: int) -> list[di
     else:
         size = n * k * 2
     copies = [module, *(copy.deepcopy(module) for _ in range(max(1, 2**28 // size)))]
+    rounds = 8  # of all copies in a graph, whose start costs some microseconds too
     result = []
     for rows in TIMED_ROWS:
         x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
-        ours = graph_of([partial(m, x) for m in copies])
+        ours = graph_of([partial(m, x) for m in copies * rounds])
         weights = [b.weight for b in base]
-        plain = graph_of([partial(torch.nn.functional.linear, x, w) for w in weights * 2])
-        mine, other = times([(ours, len(copies)), (plain, 4)], repeats)
+        plain = graph_of([partial(torch.nn.functional.linear, x, w) for w in weights * rounds])
+        mine, other = times([(ours, len(copies) * rounds), (plain, len(base) * rounds)], repeats)
         second, bf16 = statistics.median(mine), statistics.median(other)
         result.append({
             "format": name, "rows": rows, "shape": [n, k], "seconds": second, "bytes": size,
@@ -174,7 +197,9 @@ def main() -> int:
     parser.add_argument("--timed", default="bf16,int8,int8dq,int4,int8dq-int4,float8,float8dq-row,"
                         "fp6,uint3,codebook4,int4-sparse24,w4a8")  # fmt: skip
     parser.add_argument("--shape", type=int, nargs=2, default=(28672, 4096), metavar=("N", "K"))
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="formats at a time")
+    parser.add_argument("--check", metavar="FORMAT", help="check this format here and stop")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -183,25 +208,36 @@ def main() -> int:
     choice.kernels("triton")
     choice.load_triton()
     torch.set_grad_enabled(False)
+    figures = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
+               "command": sys.argv}  # fmt: skip
+
+    def keep(**more) -> None:
+        """Write what is known so far: a later crash loses nothing."""
+        figures.update(more)
+        if args.json:
+            args.json.write_text(json.dumps(figures, indent=1))
+
+    if args.check:
+        keep(checks=check_format(args.check))
+        return 0
     checks = check_float() + check_attention()
-    for name in args.formats.split(",") if args.formats else FORMATS:
-        checks += check_format(name)
+    names = args.formats.split(",") if args.formats else list(FORMATS)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        checks += [check for found in pool.map(check_apart, names) for check in found]
     wrong = [c for c in checks if not c["ok"]]
     for c in wrong:
         print(f"WRONG {c['what']}: error {c['error']:.2e}")
     print(f"{len(checks) - len(wrong)} of {len(checks)} products right")
     read = read_bandwidth("cuda")
-    device = torch.cuda.get_device_name()
-    print(f"{device} reads {read / 1e9:.0f} GB/s; weight [{args.shape[0]}, {args.shape[1]}]")
+    keep(checks=checks, read_bandwidth_bytes_per_s=read)
+    shape = f"[{args.shape[0]}, {args.shape[1]}]"
+    print(f"{figures['device']} reads {read / 1e9:.0f} GB/s; weight {shape}")
     rows = []
     for name in filter(None, args.timed.split(",")):
         mine = time_format(name, *args.shape, read, args.repeats)
         print_times(mine)
         rows += mine
-    if args.json:
-        figures = {"device": device, "torch": torch.__version__, "command": sys.argv,
-                   "read_bandwidth_bytes_per_s": read, "checks": checks, "times": rows}  # fmt: skip
-        args.json.write_text(json.dumps(figures, indent=1))
+        keep(times=rows)
     return 1 if wrong else 0
 
 

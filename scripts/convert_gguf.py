@@ -20,7 +20,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 
@@ -60,6 +59,8 @@ class Header:
     """The key-value fields of a GGUF file, and its tensors, read lazily from a memory map."""
 
     def __init__(self, path: Path):
+        import gguf  # here, for whoever converts nothing runs without it
+
         try:
             reader = gguf.GGUFReader(path)
         except FileNotFoundError:
@@ -216,6 +217,8 @@ def hf_name(name: str) -> str:
 
 def read_tensor(tensor: Any, config: dict[str, Any]) -> torch.Tensor:
     """One tensor [out, in] in bfloat16, the rows of Q and K in rotate-half order."""
+    import gguf
+
     shape = [int(n) for n in reversed(tensor.shape)]
     weight = torch.empty(shape, dtype=torch.bfloat16)
     rows = max(1, CHUNK // int(np.prod(shape[1:])))

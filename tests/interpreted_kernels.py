@@ -7,10 +7,12 @@ results off where a GPU rounds, so bf16 has twice the tolerance.
 import pytest
 import torch
 
+from engine import Engine, Sampling
 from kernels import choice
 from kernels.attention import attention, attention_reference
 from kernels.formats import FORMATS
 from kernels.linear import Linear
+from model import ModelConfig, Transformer
 from tests.test_formats import quantized, random_weight
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -133,6 +135,22 @@ def test_one_graph():
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         with torch.inference_mode():
             assert torch.equal(compiled(x), module(x))
+
+
+@pytest.mark.parametrize("cache", ["bf16", "int8"])
+def test_a_whole_step_is_one_graph(cache):
+    """Unquantized layers and attention reach the kernels without repacking anything first."""
+    torch.manual_seed(0)
+    config = ModelConfig(dim=48, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=64, vocab_size=50,
+                         head_dim=12, max_positions=64)  # fmt: skip
+    model = Transformer(config).requires_grad_(False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.5, 0.2)
+    engine = Engine(model, Sampling(top_k=5), length=16, kv_cache=cache)
+    step = torch.compile(engine._decode_step, fullgraph=True, backend="eager")
+    token, start, u = torch.tensor([[7]]), torch.tensor([3]), torch.rand(1)
+    with torch.inference_mode():
+        assert torch.equal(step(token, start, u), engine._decode_step(token, start, u))
 
 
 ATTENTION = [  # B, H, Hkv, T, S, D, start

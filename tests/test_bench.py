@@ -66,6 +66,19 @@ def test_turns_interleave(monkeypatch):
     assert order == ["a", "b"] * 3 and all(len(e.turns) == 3 for e in entries)
 
 
+def test_a_mode_that_fails_is_left_out_and_named(monkeypatch):
+    def fake(script, flags):
+        if flags[0] == "b":
+            raise UserError("no such thing")
+        return figures(100)
+
+    monkeypatch.setattr(bench, "run_script", fake)
+    entries = [Entry("a", ["a"]), Entry("b", ["b"])]
+    bench.take_turns(entries, [], 2)
+    assert [len(e.turns) for e in entries] == [2, 0]
+    assert [e.failure for e in entries] == [None, "no such thing"]
+
+
 def test_table_and_plot(tmp_path):
     text = table([*rows(), Row("odd", None, 1, None, 1, 1, 1, 1, 1, 0, False)])
     lines = text.splitlines()

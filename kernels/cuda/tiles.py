@@ -27,7 +27,7 @@ import triton.language as tl
 def load_lanes(plane, offsets, mask):
     """A tile of storage, or nothing for a plane that the format lacks. Weights are read once."""
     if plane is None:
-        return None
+        return  # not `return None`, which Triton 3.6 would make a tensor
     else:
         return tl.load(plane + offsets, mask=mask, other=0, eviction_policy="evict_first")
 
@@ -174,8 +174,8 @@ def group_param(params, group, rows, mask, n_groups, N):
         return value.to(tl.float32)[:, None]
 
 
-@triton.jit
-def same_group(slot: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, J: tl.constexpr):
+@triton.constexpr_function
+def same_group(slot, KIND, GROUP, J):
     """Whether all of this slot's columns lie in the group of the slot before."""
     if slot == 0 or GROUP == 0:
         return GROUP == 0
