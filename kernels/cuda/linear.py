@@ -73,6 +73,8 @@ def blocks(product: Product, item: int) -> tuple[dict, dict]:
     constants["INTERPRET"] = interpreting()
     if product.rows == 1:
         block_n = 64 if product.laned else max(1, 4096 // (j * item))
+        if product.kind == "table":  # look-ups want registers
+            block_n = 32
         return constants | {"BLOCK_N": min(block_n, 64)}, {"num_warps": 4, "num_stages": 2}
     # Every slot's tile of x is in shared memory once a stage: 8 tiles of [32, BLOCK_M].
     block_m = next((b for b in (16, 32, 64) if b >= product.rows), 64 if product.laned else 128)
