@@ -365,13 +365,14 @@ class Engine:
         """Run, and so compile, the decode step and the prefill of `prompt_tokens`. Seconds taken.
 
         With a compiled prefill every bucket up to the cache's size is compiled, so that no later
-        prompt compiles anything.
+        prompt compiles anything. The draws of the tokens after it are as if it had not run.
         """
-        begin = time.perf_counter()
+        begin, drawn = time.perf_counter(), self.generator.get_state()
         for size in sorted({max(1, min(prompt_tokens, self.length - 1)), *self.warm_sizes}):
             prompt = [[1] * size] * self.batch
             self.generate(prompt, min(4, self.length - size))
             self.cached = []
+        self.generator.set_state(drawn)
         return time.perf_counter() - begin
 
 

@@ -204,7 +204,8 @@ def parse_args() -> argparse.Namespace:
     add("--interactive", action="store_true", help="chat through the model's own template")
     add("--num_samples", type=int, default=1)
     add("--max_new_tokens", type=int, default=200)
-    add("--batch_size", type=int, default=1, help="copies of the prompt run together")
+    add("--batch_size", type=int, default=1,
+        help="copies of the prompt run together; the first one's text is printed")  # fmt: skip
     add("--top_k", type=int, default=200, help="0: all tokens")
     add("--top_p", type=float, default=1.0)
     add("--min_p", type=float, default=0.0)

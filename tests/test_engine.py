@@ -112,6 +112,9 @@ def test_seed_decides_the_sample(tmp_path):
         for s in (7, 7, 8)
     ]
     assert runs[0] == runs[1] != runs[2]
+    warm = Engine(model, Sampling(1.0, 0), length=128, seed=7)
+    warm.warm_up(9)
+    assert warm.generate([[1, 2]], 50).token_ids == runs[0]
 
 
 @pytest.mark.parametrize(

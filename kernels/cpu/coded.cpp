@@ -241,9 +241,9 @@ constexpr Decoder kSmallFloat = kDecoder<kFloat, 1 + E + M, E>;
 static Decoder choose(const Coded& c) {
   if (c.positions) return {decode_sparse, dot_sparse, 1};
   static constexpr Decoder none{nullptr, nullptr, 0};
-  static constexpr Decoder planes[] = {kDecoder<kPlanes, 1>, kDecoder<kPlanes, 2>, kDecoder<kPlanes, 3>,
-                                kDecoder<kPlanes, 4>, kDecoder<kPlanes, 5>, kDecoder<kPlanes, 6>,
-                                kDecoder<kPlanes, 7>};
+  static constexpr Decoder planes[] = {
+      kDecoder<kPlanes, 1>, kDecoder<kPlanes, 2>, kDecoder<kPlanes, 3>, kDecoder<kPlanes, 4>,
+      kDecoder<kPlanes, 5>, kDecoder<kPlanes, 6>, kDecoder<kPlanes, 7>};
   static constexpr Decoder floats[4][5] = {  // [E - 2][M - 1]
       {kSmallFloat<2, 1>, kSmallFloat<2, 2>, kSmallFloat<2, 3>, kSmallFloat<2, 4>,
        kSmallFloat<2, 5>},
@@ -323,8 +323,8 @@ void coded_tiles(const Coded& c, int64_t tile0, int64_t tile1) {
   }
 }
 
-void coded_widen(const Coded& c, int64_t tile0, int64_t tile1, int64_t k0, int64_t k1, int64_t stride,
-                 float* out) {
+void coded_widen(const Coded& c, int64_t tile0, int64_t tile1, int64_t k0, int64_t k1,
+                 int64_t stride, float* out) {
   const Decoder f = choose(c);
   alignas(64) float block[kBlock * 16];
   for (int64_t t = tile0; t < tile1; t++) {

@@ -42,9 +42,9 @@ Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& s
   for (int i = 0; i < 32; i++) c.table[i] = values[i % (1 << bits)];
   c.planes = planes;
   TORCH_CHECK_VALUE(planes || exponent_bits || bits == 4, "a free table has 16 values");
-  TORCH_CHECK_VALUE(!planes || (bits < 8 && !exponent_bits && !positions), "planes are of integers");
-  for (int i = 0; planes && i < 1 << bits; i++)
-    TORCH_CHECK_VALUE(values[i] == values[0] + float(i), "planes are of integers");
+  bool integers = bits < 8 && !exponent_bits && !positions;
+  for (int i = 0; i < 1 << bits; i++) integers &= values[i] == values[0] + float(i);
+  TORCH_CHECK_VALUE(integers || !planes, "planes are of integers");
   a.block = planes && a.group % kPairBlock && a.groups > 1 ? 32 : kPairBlock;
   a.blocks = div_up(a.kpad, a.block);
   return c;

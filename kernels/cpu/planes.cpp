@@ -1,4 +1,4 @@
-// y = x W^T with integers of n < 8 bits in planes, w = (code - zero) * scale, and x in pairs of int8.
+// y = x W^T with integers of n < 8 bits in planes, w = (code - zero) * scale; x in pairs of int8.
 //
 // With x ~ xs * xq in blocks of columns that divide a group, xq of 16 bits (see int8.cpp) and `mid`
 // what all codes are lowered by,
