@@ -39,6 +39,7 @@ HERE = Path(__file__).parent
 MIN_STEPS = 50  # timed; the three warm-up steps come on top
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "config.json",
                    "generation_config.json", "chat_template.jinja")  # fmt: skip
+DEFAULT_MODES = "bf16,int8,int8dq,int4,int4-gptq"
 NOISE = 0.05  # a larger spread between a mode's turns is flagged
 
 
@@ -113,29 +114,29 @@ def random_entry(mode: Mode, name: str) -> Entry:
 
 
 def quantized_file(source: Checkpoint, mode: Mode, folder: Path, device: str) -> Path:
-    """A checkpoint of that mode: the one beside the source, or in `folder`, or written there.
+    """A checkpoint of that mode, written into `folder` with quantize.py's defaults.
 
-    A file is taken only if its header says this mode, group size and the default LM head.
+    What an earlier run wrote there is taken, if it was made of this source as it is now.
     """
     name = default_output(source, mode).name
     made_from = {"path": str(source.path.resolve()), "modified": modified(source)}
     note = folder / f"{name}.source.json"  # whose a file in `folder` is
     want = (str(mode), mode.groupsize, str(head_mode(mode, None)))
     known = note.exists() and json.loads(note.read_text()) == made_from
-    for path in [source.directory / name, *([folder / name] if known else [])]:
-        if path.exists():
-            header = open_checkpoint(path).header
-            if tuple(header.get(k) for k in ("mode", "groupsize", "lm_head")) == want:
-                progress(f"{label(mode)}: {path} is there already")
-                return path
+    path = folder / name
+    if known and path.exists():
+        header = open_checkpoint(path).header
+        if tuple(header.get(k) for k in ("mode", "groupsize", "lm_head")) == want:
+            progress(f"{label(mode)}: {path} is there already")
+            return path
     progress(f"{label(mode)}: quantizing ...")
     for file in TOKENIZER_FILES:  # a checkpoint's tokenizer is looked for beside it
         if (source.directory / file).exists() and not folder.samefile(source.directory):
             shutil.copy(source.directory / file, folder)
     flags = ["--mode", str(mode), *group_flags(mode), "--checkpoint_path", str(source.path)]
-    run_script("quantize.py", [*flags, "--output", str(folder / name), "--device", device])
+    run_script("quantize.py", [*flags, "--output", str(path), "--device", device])
     note.write_text(json.dumps(made_from))
-    return folder / name
+    return path
 
 
 def modified(checkpoint: Checkpoint) -> float:
@@ -224,15 +225,17 @@ def make_rows(entries: list[Entry], read_bandwidth: float) -> list[Row]:
 def parse_args() -> argparse.Namespace:
     """The command line of the table."""
     parser = argparse.ArgumentParser(
-        description="Measure many modes in one run.",
+        description="Measure many modes in one run. Other measurements: bench.py throughput, "
+        "latency, position or start, each with a --help of its own.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--checkpoint_path", type=Path, help="a Hugging Face directory; default: the default model")
     add("--random_weights", choices=list(CONFIGS), metavar="NAME",
         help=f"true shapes, random weights, no files: {', '.join(CONFIGS)}")  # fmt: skip
-    add("--modes", help="comma-separated: modes, mode:groupsize, or files of quantize.py; "
-        "default: every mode that can be made")  # fmt: skip
+    add("--modes", default=DEFAULT_MODES,
+        help="comma-separated: modes, mode:groupsize, or files of quantize.py; all: every mode "
+        "that can be made, hours of calibration")  # fmt: skip
     add("--groupsize", type=int, help="of the modes that have groups; default: the format's")
     add("--text", type=Path, help="text to measure perplexity on; default: no perplexity")
     add("--seq_length", type=int, default=2048, help="tokens of a perplexity window")
@@ -252,7 +255,7 @@ def parse_args() -> argparse.Namespace:
         help="keep the quantized checkpoints and their perplexities here, and use those that "
         "are there; default: a temporary folder")  # fmt: skip
     add("--json", type=Path, help="write the rows here")
-    add("--plot", type=Path, metavar="FILE.png", help="draw speed and size against perplexity")
+    add("--plot", type=Path, metavar="FILE", help="draw speed and size against perplexity")
     return parser.parse_args()
 
 
@@ -274,6 +277,8 @@ def check(args: argparse.Namespace) -> None:
     if args.plot:
         if not args.text:
             raise UserError("--plot draws against perplexity: give --text")
+        if args.plot.suffix not in (".png", ".pdf", ".svg"):
+            raise UserError(f"--plot {args.plot}: a .png, .pdf or .svg file")
         pyplot()
 
 
@@ -325,9 +330,11 @@ def benchmark(entries: list[Entry], args: argparse.Namespace, folder: Path) -> d
 
 def make_entries(args: argparse.Namespace, folder: Path) -> list[Entry]:
     """The rows that the command line asks for, with their checkpoints made."""
-    names = args.modes.split(",") if args.modes else mode_names()
+    names = mode_names() if args.modes == "all" else args.modes.split(",")
     modes = read_modes([name.strip() for name in names if name.strip()], args.groupsize)
-    if args.random_weights and not args.modes:
+    if not modes:
+        raise UserError(f"--modes {args.modes!r} names no mode")
+    if args.random_weights and args.modes in ("all", DEFAULT_MODES):
         modes = [mode for mode in modes if not mode.needs_checkpoint]
     files = [entry_of_file(mode) for mode in modes if isinstance(mode, Path)]
     if args.random_weights:
@@ -339,6 +346,9 @@ def make_entries(args: argparse.Namespace, folder: Path) -> list[Entry]:
     source = open_checkpoint(args.checkpoint_path)
     if source.header:
         raise UserError(f"{source.path} is quantized already: give the source model's directory")
+    if args.text and args.seq_length > source.config.max_positions:
+        limit = source.config.max_positions
+        raise UserError(f"windows of {args.seq_length} tokens do not fit a context of {limit}")
     return [
         files.pop(0) if isinstance(mode, Path)
         else checkpoint_entry(source, mode, folder, args.device)
