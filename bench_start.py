@@ -83,6 +83,8 @@ def main(argv: list[str]) -> None:
     args = parse_args(argv)
     if args.repeats < 1:
         raise UserError("--repeats must be at least 1")
+    if not args.package.is_file():
+        raise UserError(f"no package at {args.package}: scripts/export.py writes one")
     check_outputs(args.json)
     flags = ["--device", args.device]
     for name in ("checkpoint_path", "threads"):
