@@ -46,6 +46,13 @@ def read_json(path: Path) -> dict:
     return value
 
 
+SIDE_FILES = (
+    "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
+    "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
 @dataclass
 class Checkpoint:
     """An opened checkpoint: its shape and where each tensor lies. Tensors are read when asked for.
@@ -61,6 +68,10 @@ class Checkpoint:
     config: ModelConfig
     header: dict
     files: dict[str, Path]
+
+    def own_files(self) -> set[Path]:
+        """The files that it consists of, which no output may overwrite."""
+        return {*self.files.values(), *(self.directory / name for name in SIDE_FILES)}
 
     def stored(self, name: str) -> list[str]:
         """The stored tensors that our tensor `name` stacks."""

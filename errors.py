@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,15 +33,24 @@ def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def check_outputs(*paths: Path | None) -> None:
-    """A UserError, before the work begins, if a file cannot be written at one of the paths."""
+def check_outputs(*paths: Path | None, inputs: Iterable[Path | None] = ()) -> None:
+    """A UserError, before the work begins, if a file cannot be written at one of the paths.
+
+    Or if that would overwrite another output, one of the `inputs`, or anything but a plain file.
+    """
+    taken = {path.resolve() for path in inputs if path}
     for path in paths:
-        if path is None:
+        if path is None or path == Path(os.devnull):
             continue
         if path.is_dir() or not path.parent.is_dir():
             raise UserError(f"cannot write {path}: give a file in a folder that exists")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise UserError(f"cannot write {path}: no permission")
+        if path.exists() and not path.is_file():
+            raise UserError(f"cannot write {path}: it is no plain file")
+        if path.resolve() in taken:
+            raise UserError(f"cannot write {path}: it is an input or another output too")
+        taken.add(path.resolve())
 
 
 def first_rank() -> bool:

@@ -306,7 +306,13 @@ def check(args: argparse.Namespace) -> None:
         others = ("json", "profile", "prompts", "num_samples", "batch_size")
         if given := [name for name in others if getattr(args, name) not in (None, 1)]:
             raise UserError(f"--interactive is one conversation: leave --{given[0]} out")
-    check_outputs(args.json, args.profile)
+    if args.json or args.profile:
+        inputs = {args.prompts, args.package}
+        if not args.random_weights:
+            inputs |= open_checkpoint(args.checkpoint_path).own_files()
+        if args.draft_checkpoint_path:
+            inputs |= open_checkpoint(args.draft_checkpoint_path).own_files()
+        check_outputs(args.json, args.profile, inputs=inputs)
     if args.package:
         others = ("compile", "compile_prefill", "draft_checkpoint_path", "prompt_lookup",
                   "cache_size")  # fmt: skip

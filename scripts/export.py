@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine import Engine, Sampling, configure_compiler
-from errors import UserError, cli, progress
+from errors import UserError, check_outputs, cli, progress
 from generate import add_model_arguments, load
 from model import CONFIGS
 from package import write_package
@@ -43,6 +43,7 @@ def main() -> None:
     args = parse_args()
     if min(args.batch_size, args.cache_size) < 1:
         raise UserError("--batch_size and --cache_size must be at least 1")
+    check_outputs(args.output)
     if args.output.suffix != ".pt2" or not args.output.parent.is_dir():
         raise UserError(f"--output {args.output}: a file in an existing folder, ending in .pt2")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -130,6 +130,17 @@ def test_mistakes_get_one_line_and_exit_code_2(run, tiny, args, message):
     assert "Traceback" not in err
 
 
+def test_outputs_never_replace_inputs(run, tiny, tmp_path):
+    flags = ["--checkpoint_path", tiny, "--prompt", 5, "--max_new_tokens", 3]
+    weights = (tiny / "model.safetensors").read_bytes()
+    for outputs in (["--json", tiny / "model.safetensors"], ["--profile", tiny / "config.json"],
+                    ["--json", tmp_path / "x", "--profile", tmp_path / "x"]):  # fmt: skip
+        code, _, err = run(*flags, *outputs)
+        assert code == 2 and "cannot write" in err
+    assert (tiny / "model.safetensors").read_bytes() == weights
+    assert run(*flags, "--json", "/dev/null")[0] == 0
+
+
 def test_rows_that_have_ended_make_no_tokens():
     """Row 0 said three tokens and then EOS, row 1 one; the fourth step was made in vain."""
     result = Result([[5, 6, 7], [5]], 2, 0.1, [0.1] * 4)

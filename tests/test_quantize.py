@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tiny import save_tiny
 from torch import nn
 
+import quantize
 from checkpoint import load_model, open_checkpoint
 from errors import UserError
 from huggingface import config_from_hf, hf_names
@@ -171,6 +172,28 @@ def test_mistakes_get_one_line_and_exit_code_2(tmp_path, args, message):
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_outputs_never_replace_inputs_or_each_other(tmp_path, monkeypatch):
+    directory, _ = save_tiny(tmp_path / "m", torch.bfloat16)
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to(directory / "model.safetensors")
+    before = {p: p.read_bytes() for p in directory.iterdir()}
+    for outputs in (
+        ["--output", directory / "model.safetensors"],
+        ["--output", directory / "config.json"],
+        ["--output", tmp_path / "link"],
+        ["--output", tmp_path / "new", "--json", directory / "config.json"],
+        ["--output", tmp_path / "new", "--json", tmp_path / "m" / ".." / "new"],
+        ["--output", tmp_path / "fifo"],
+        ["--output", "/dev/null"],
+    ):
+        argv = ["quantize.py", "--mode", "int8", "--checkpoint_path", directory, *outputs]
+        monkeypatch.setattr(sys, "argv", [*map(str, argv)])
+        with pytest.raises(UserError, match="cannot write"):
+            quantize.main()
+    assert before == {p: p.read_bytes() for p in directory.iterdir()}
+    assert not (tmp_path / "new").exists() and (tmp_path / "fifo").is_fifo()
 
 
 def bare_peak() -> int:
