@@ -8,7 +8,6 @@ header, shapes and dtypes are checked before anything of its size is allocated.
 
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -220,8 +219,11 @@ def build_model(config: ModelConfig, layers: dict[str, dict], dtype: torch.dtype
     return model
 
 
-def check_specs(checkpoint: Checkpoint, model: Transformer, names: Iterable[str]) -> None:
-    """Compare the stored shapes and dtypes with the model's, before anything is allocated."""
+def check_specs(checkpoint: Checkpoint, model: Transformer, names: list[str]) -> None:
+    """Compare what is stored with what the model, all of it `names`, takes: names, shapes, dtypes.
+
+    Before anything is allocated. A tensor that nothing takes means that this is another model.
+    """
     expected = model.state_dict()
     for name in names:
         dtype, shape = checkpoint.spec(name)
@@ -232,6 +234,15 @@ def check_specs(checkpoint: Checkpoint, model: Transformer, names: Iterable[str]
                 f"{checkpoint.path}: {name} is {dtype} {shape}, "
                 f"but its header or config.json says {want.dtype} {list(want.shape)}"
             )
+    unused = checkpoint.files.keys() - {part for name in names for part in checkpoint.stored(name)}
+    unused = sorted(n for n in unused if not n.endswith("rotary_emb.inv_freq"))
+    if checkpoint.config.tied_head and "lm_head.weight" in unused and not checkpoint.header:
+        unused.remove("lm_head.weight")
+    if unused:
+        raise UserError(
+            f"{checkpoint.path} holds tensors that its header or config.json does not account for "
+            f"({len(unused)}): {', '.join(unused[:3])}"
+        )
 
 
 def tensor_names(model: Transformer) -> list[str]:

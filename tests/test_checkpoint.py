@@ -179,6 +179,9 @@ def test_damaged_file_is_refused_in_one_line(tiny, damage):
         ({"hidden_size": None}, "malformed"),
         ({"hidden_size": 80}, "config.json says"),
         ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"num_hidden_layers": 1}, r"not account for \(9\): model\.layers\.1\.input_layernorm"),
     ],
 )
 def test_bad_config_is_refused_in_one_line(tiny, change, message):
@@ -186,6 +189,20 @@ def test_bad_config_is_refused_in_one_line(tiny, change, message):
     (tiny / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(UserError, match=message):
         load_model(open_checkpoint(tiny))
+
+
+def test_tensors_that_nothing_takes_are_named(tiny):
+    tensors = load_file(tiny / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
+    tensors["lm_head.weight"] = torch.zeros(199, 72)  # tied: the embedding's table serves
+    save_file(tensors, tiny / "model.safetensors")
+    load_model(open_checkpoint(tiny))
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(72)
+    save_file(tensors, tiny / "model.safetensors")
+    with pytest.raises(UserError, match=r"\(1\): .*q_proj\.bias"):
+        load_model(open_checkpoint(tiny))
+    with pytest.raises(UserError, match=r"q_proj\.bias"):
+        quantized(tiny)
 
 
 def test_missing_pieces_are_named(tmp_path, tiny):
