@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict:
     """A JSON object from a file, or a UserError that names it."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object")
@@ -139,7 +139,7 @@ def _open_directory(path: Path) -> Checkpoint:
         raise UserError(f"{path} has no config.json: give a Hugging Face directory")
     try:
         config = config_from_hf(read_json(config_path))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{config_path}: missing or malformed entry ({error})") from None
     if index.exists():
         weight_map = read_json(index).get("weight_map")
@@ -187,7 +187,7 @@ def open_checkpoint(path: Path | str | None = None) -> Checkpoint:
         for settings in header["layers"].values():
             if settings["format"] not in FORMATS:
                 raise UserError(f"{path} uses the unknown format {settings['format']!r}")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: malformed header ({error!r})") from None
     return _checked(Checkpoint(path, path.parent, config, header, dict.fromkeys(names, path)))
 
@@ -205,12 +205,12 @@ def build_model(config: ModelConfig, layers: dict[str, dict], dtype: torch.dtype
         model = Transformer(config).to(dtype)
         for name, settings in layers.items():
             try:
-                old = model.get_submodule(name)
+                old, cls = model.get_submodule(name), FORMATS[settings["format"]]
                 rest = {k: v for k, v in settings.items() if k not in ("format", "input_scale")}
+                if rest and rest not in [{"groupsize": size} for size in cls.groupsizes]:
+                    raise ValueError(f"{cls.name} with {rest}")
                 shape = (old.in_features, old.out_features)
-                new = FORMATS[settings["format"]](
-                    *shape, bias=old.bias is not None, dtype=dtype, **rest
-                )
+                new = cls(*shape, bias=old.bias is not None, dtype=dtype, **rest)
                 if settings.get("input_scale"):
                     new.input_scale = torch.empty(old.in_features, dtype=torch.bfloat16)
             except (AttributeError, TypeError, ValueError) as error:

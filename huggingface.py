@@ -33,6 +33,9 @@ def config_from_hf(hf: dict) -> ModelConfig:
         raise UserError("config.json asks for sliding-window attention, which is not supported")
     if hf.get("hidden_act", "silu") != "silu":
         raise UserError(f"hidden_act {hf['hidden_act']!r} in config.json: only silu is supported")
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(hf.get(name), dict | None):
+            raise UserError(f"{name} {hf[name]!r} in config.json: must be an object")
     rope = hf.get("rope_parameters") or {}
     partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
     if partial not in (None, 1):

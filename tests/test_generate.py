@@ -109,6 +109,8 @@ def test_chat_keeps_the_conversation(run, default_model, monkeypatch):
         (["--prompt", "0"], "empty prompt"),
         (["--prompt", "5", "--max_new_tokens", "0"], "must be at least 1"),
         (["--prompt", "5", "--temperature", "-1"], "temperature"),
+        (["--prompt", "5", "--temperature", "nan"], "temperature"),
+        (["--prompt", "5", "--temperature", "inf"], "temperature"),
         (["--prompt", "5", "--device", "cuda:77"], "no device"),
         (["--prompt", "5", "--quantization", "int7"], "unknown mode"),
         (["--prompt", "5", "--quantization", "int4-gptq"], "calibrat"),
