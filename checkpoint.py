@@ -121,7 +121,10 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """dtype of the unquantized weights."""
-        return self.spec("tok_embeddings.weight")[0]
+        dtype = self.spec("tok_embeddings.weight")[0]
+        if dtype not in FLOATS:
+            raise UserError(f"{self.path}: weights in {dtype}; only fp32, fp16 and bf16 can be run")
+        return dtype
 
 
 def _names(path: Path) -> tuple[list[str], dict[str, str]]:

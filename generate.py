@@ -102,7 +102,9 @@ def load(args: argparse.Namespace, random_name: str | None = None):
         model = tp.load_ranked(ranks, checkpoint, checkpoint.config, mode, args.device, dtype)
     else:
         model = load_model(checkpoint, args.device, dtype)
-    name = checkpoint.header.get("mode") or names[model.tok_embeddings.weight.dtype]
+    name = checkpoint.header.get("mode", "fp32")
+    if name in FLOAT_MODES:  # --precision may have changed it
+        name = names[model.tok_embeddings.weight.dtype]
     if mode and not ranks:
         head = head_mode(mode, None)
         quantize_(model, str(mode), mode.groupsize, skip=lambda n: n == "output")

@@ -10,8 +10,11 @@ from tiny import save_tiny
 from tiny_text import save_tiny_with_tokenizer
 
 import generate
+from checkpoint import open_checkpoint
 from engine import Result
 from errors import cli
+from modes import parse_mode
+from quantize import CheckpointQuantizer
 
 KEYS = {
     "model", "mode", "package", "device", "threads", "compile", "compile_mode", "compiled",
@@ -163,6 +166,21 @@ def test_a_float_mode_is_the_dtype(run, tiny, tmp_path, monkeypatch, name):
     assert run(*flags, "--prompt", "5", "--max_new_tokens", 3, "--json", out)[0] == 0
     assert json.loads(out.read_text())["mode"] == name
     assert dtypes == [generate.PRECISIONS[name]]
+
+
+def test_mode_of_a_file_run_in_another_precision(run, tiny, tmp_path):
+    mode = parse_mode("fp16")
+    CheckpointQuantizer(open_checkpoint(tiny), mode, mode, tmp_path / "fp16").run()
+    for path in (tiny, tmp_path / "fp16"):
+        args = ("--checkpoint_path", path, "--prompt", 5, "--max_new_tokens", 3)
+        assert run(*args, "--json", tmp_path / "out.json")[0] == 0
+        assert json.loads((tmp_path / "out.json").read_text())["mode"] == "fp32"
+
+
+def test_fp64_is_refused(run, tmp_path):
+    tiny = save_tiny(tmp_path / "tiny", torch.float64)[0]
+    code, _, err = run("--checkpoint_path", tiny, "--prompt", 5)
+    assert code == 2 and "only fp32, fp16 and bf16" in err.splitlines()[-1]
 
 
 def test_vocabulary_that_does_not_match(run, tiny, default_model):
