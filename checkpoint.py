@@ -6,6 +6,7 @@ A file's name carries no meaning, nothing is ever unpickled, and a checkpoint is
 header, shapes and dtypes are checked before anything of its size is allocated.
 """
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -324,8 +325,12 @@ class Writer:
         if DTYPE_NAMES[tensor.dtype] != entry["dtype"] or shape[1:] != entry["shape"][1:]:
             raise ValueError(f"{name} is {tensor.dtype} {shape}, announced {entry}")
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self.file.seek(self.start + entry["data_offsets"][0] + row * (flat.numel() // max(rows, 1)))
-        self.file.write(memoryview(flat.numpy()))
+        place = self.start + entry["data_offsets"][0] + row * (flat.numel() // max(rows, 1))
+        try:
+            self.file.seek(place)
+            self.file.write(memoryview(flat.numpy()))
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
         self.unwritten[name] -= rows
         if not 0 <= self.unwritten[name] <= total:
             raise ValueError(f"{name}: more rows written than announced")
@@ -340,9 +345,10 @@ class Writer:
                     raise ValueError(f"tensors never written: {missing[:3]}")
                 self.file.flush()
                 os.fsync(self.file.fileno())
-            self.file.close()
-            if kind is None:
                 os.replace(self.temporary, self.path)
+        except OSError as problem:
+            raise UserError(f"cannot write {self.path}: {problem.strerror}") from None
         finally:
-            self.file.close()
             self.temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a full disk: what is buffered is lost anyway
+                self.file.close()

@@ -18,7 +18,16 @@ from backends import check_layers, choose_kernels
 from chat import Streamer, chat, render_chat
 from checkpoint import load_model, open_checkpoint
 from engine import COMPILE_MODES, Engine, Result, Sampling, compiled_graphs, configure_compiler
-from errors import UserError, check_device, check_outputs, cli, first_rank, progress, write_json
+from errors import (
+    UserError,
+    check_device,
+    check_outputs,
+    cli,
+    first_rank,
+    progress,
+    write_json,
+    written_whole,
+)  # fmt: skip
 from kernels import native
 from kernels.choice import KERNELS
 from measure import device_name, peak_memory, read_bandwidth, spread, step_bytes, weight_bytes
@@ -285,7 +294,8 @@ def run_samples(
         if args.profile and first_rank() and i == args.num_samples - 1:
             with torch.profiler.profile() as trace:
                 results.append(engine.generate(*call))
-            trace.export_chrome_trace(str(args.profile))
+            with written_whole(args.profile) as partial:  # missing where torch could not write it
+                trace.export_chrome_trace(str(partial))
         else:
             results.append(engine.generate(*call))
         if streamer:
@@ -314,7 +324,7 @@ def check(args: argparse.Namespace) -> None:
             inputs |= open_checkpoint(args.checkpoint_path).own_files()
         if args.draft_checkpoint_path:
             inputs |= open_checkpoint(args.draft_checkpoint_path).own_files()
-        check_outputs(args.json, args.profile, inputs=inputs)
+        check_outputs(args.json, replaced=args.profile, inputs=inputs)
     if args.package:
         others = ("compile", "compile_prefill", "draft_checkpoint_path", "prompt_lookup",
                   "cache_size")  # fmt: skip

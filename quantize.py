@@ -308,10 +308,8 @@ def main() -> None:
         raise UserError(f"{source.path} is quantized already: give the source model's directory")
     check_device(args.device)
     output = args.output or default_output(source, mode)
-    if output.exists() and not output.is_file():  # not even /dev/null: it would be replaced
-        raise UserError(f"cannot write {output}: it is no plain file")
     text = None if args.calibration in ("bundled", "self") else Path(args.calibration)
-    check_outputs(output, args.json, args.plan, inputs=[*source.own_files(), text])
+    check_outputs(args.json, args.plan, replaced=output, inputs=[*source.own_files(), text])
     stream, how, modes, head = None, {}, None, head_mode(mode, args.lm_head)
     algorithm = ALGORITHMS[mode.algorithm]
     given = {name: getattr(args, name) for name in algorithm.options}

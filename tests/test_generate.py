@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -135,15 +136,33 @@ def test_mistakes_get_one_line_and_exit_code_2(run, tiny, args, message):
     assert "Traceback" not in err
 
 
-def test_outputs_never_replace_inputs(run, tiny, tmp_path):
+def test_outputs_never_replace_inputs(run, tiny, tmp_path, monkeypatch):
     flags = ["--checkpoint_path", tiny, "--prompt", 5, "--max_new_tokens", 3]
     weights = (tiny / "model.safetensors").read_bytes()
-    for outputs in (["--json", tiny / "model.safetensors"], ["--profile", tiny / "config.json"],
-                    ["--json", tmp_path / "x", "--profile", tmp_path / "x"]):  # fmt: skip
-        code, _, err = run(*flags, *outputs)
-        assert code == 2 and "cannot write" in err
+    os.mkfifo(tmp_path / "fifo")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "devnull", str(tmp_path / "fifo"))  # refused too: it would be replaced
+        for outputs in (
+            ["--json", tiny / "model.safetensors"],
+            ["--profile", tiny / "config.json"],
+            ["--profile", tmp_path / "fifo"],
+            ["--json", tmp_path / "x", "--profile", tmp_path / "x"],
+        ):
+            code, _, err = run(*flags, *outputs)
+            assert code == 2 and "cannot write" in err
     assert (tiny / "model.safetensors").read_bytes() == weights
-    assert run(*flags, "--json", "/dev/null")[0] == 0
+
+
+def test_a_trace_is_there_or_an_error(run, tiny, tmp_path, monkeypatch):
+    flags = ["--checkpoint_path", tiny, "--prompt", 5, "--max_new_tokens", 3]
+    flags += ["--profile", tmp_path / "trace.json", "--json", "/dev/null"]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.profiler.profile, "export_chrome_trace", lambda *args: None)
+        code, _, err = run(*flags)
+    assert code == 2 and "cannot write" in err
+    assert run(*flags)[0] == 0
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_rows_that_have_ended_make_no_tokens():

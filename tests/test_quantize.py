@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,7 @@ def test_outputs_never_replace_inputs_or_each_other(tmp_path, monkeypatch):
     directory, _ = save_tiny(tmp_path / "m", torch.bfloat16)
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "link").symlink_to(directory / "model.safetensors")
+    monkeypatch.setattr(os, "devnull", str(tmp_path / "fifo"))  # refused too, as it is replaced
     before = {p: p.read_bytes() for p in directory.iterdir()}
     for outputs in (
         ["--output", directory / "model.safetensors"],
@@ -186,7 +188,6 @@ def test_outputs_never_replace_inputs_or_each_other(tmp_path, monkeypatch):
         ["--output", tmp_path / "new", "--json", directory / "config.json"],
         ["--output", tmp_path / "new", "--json", tmp_path / "m" / ".." / "new"],
         ["--output", tmp_path / "fifo"],
-        ["--output", "/dev/null"],
     ):
         argv = ["quantize.py", "--mode", "int8", "--checkpoint_path", directory, *outputs]
         monkeypatch.setattr(sys, "argv", [*map(str, argv)])
@@ -194,6 +195,16 @@ def test_outputs_never_replace_inputs_or_each_other(tmp_path, monkeypatch):
             quantize.main()
     assert before == {p: p.read_bytes() for p in directory.iterdir()}
     assert not (tmp_path / "new").exists() and (tmp_path / "fifo").is_fifo()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    directory, _ = save_tiny(tmp_path, torch.bfloat16)
+    before = sorted(tmp_path.iterdir())
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # noqa: E731
+    done = run("--mode", "int8", "--checkpoint_path", directory, preexec_fn=limit)
+    assert done.returncode == 2
+    assert "cannot write" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def bare_peak() -> int:
