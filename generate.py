@@ -310,6 +310,8 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is loaded."""
     if min(args.num_samples, args.batch_size, args.max_new_tokens) < 1:
         raise UserError("--num_samples, --batch_size and --max_new_tokens must be at least 1")
+    if args.cache_size is not None and args.cache_size < 1:
+        raise UserError(f"--cache_size {args.cache_size}: must be at least 1")
     if args.prompts and args.batch_size > 1:
         raise UserError("--prompts is a batch of its own: leave --batch_size out")
     if args.compile_prefill and not args.compile:

@@ -109,6 +109,7 @@ def test_chat_keeps_the_conversation(run, default_model, monkeypatch):
         (["--checkpoint_path", "nowhere"], "no checkpoint at nowhere"),
         (["--prompt", "text"], "token"),  # the tiny model has no tokenizer files
         (["--prompt", "70", "--cache_size", "64"], "do not fit a context of 64"),
+        (["--prompt", "70", "--cache_size", "0"], "--cache_size 0: must be at least 1"),
         (["--prompt", "2000"], "context is 1024"),
         (["--prompt", "0"], "empty prompt"),
         (["--prompt", "5", "--max_new_tokens", "0"], "must be at least 1"),

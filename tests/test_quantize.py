@@ -40,6 +40,8 @@ def test_unknown_mode_names_the_nearest():
         parse_mode("int4", 48)
     with pytest.raises(UserError, match="leave --groupsize out"):
         parse_mode("int8", 64)
+    with pytest.raises(UserError, match="leave --groupsize out"):
+        parse_mode("bf16", 64)
 
 
 def test_head_policy():
@@ -154,6 +156,31 @@ def test_command_line(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "flags, refused",
+    [
+        (["--mode", "int4", "--percdamp", "0.1"], "percdamp"),
+        (["--mode", "int4-awq", "--no-act_order"], "act_order"),
+        (["--mode", "int4-gptq", "--alpha", "0.5"], "alpha"),
+        (["--mode", "int8", "--calibration", "self"], "calibration"),
+        (["--mode", "int4-gptq", "--plan", "x"], "plan"),
+        (["--mode", "autoquant", "--calibration_samples", "8"], "calibration_samples"),
+        (["--mode", "int4-gptq", "--seed", "1", "--percdamp", "0"], None),
+        (["--mode", "int8dq-smooth", "--alpha", "0", "--calibration_samples", "8"], None),
+        (["--mode", "autoquant", "--seed", "1", "--min_sqnr", "30", "--plan", "x"], None),
+    ],
+)
+def test_flags_that_a_mode_does_not_take(monkeypatch, flags, refused):
+    monkeypatch.setattr(sys, "argv", ["quantize.py", *flags])
+    args = quantize.parse_args()
+    if refused:
+        with pytest.raises(UserError, match=f"does not use --{refused}:"):
+            quantize.fill_in(args, parse_mode(args.mode))
+        return
+    quantize.fill_in(args, parse_mode(args.mode))
+    assert args.clip_steps == 20 and args.act_order and args.calibration == "bundled"
+
+
+@pytest.mark.parametrize(
     "args, message",
     [
         (["--mode", "int9"], "unknown mode"),
@@ -162,6 +189,7 @@ def test_command_line(tmp_path):
         (["--device", "cuda:99"], "no device"),
         (["--mode", "int4-gptq", "--percdamp", "-1"], "GPTQ needs percdamp >= 0"),
         (["--output", "missing-folder/x.safetensors"], "cannot write"),
+        (["--mode", "fp16", "--lm_head", "int8"], "leave --lm_head out"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(tmp_path, args, message):
