@@ -170,7 +170,7 @@ def open_checkpoint(path: Path | str | None = None) -> Checkpoint:
     if path is None:
         try:
             path = ensure_default_model()
-        except (ValueError, OSError) as error:
+        except OSError as error:
             raise UserError(str(error)) from None
     path = Path(path)
     if path.is_dir():

@@ -4,10 +4,12 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -71,6 +73,23 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def directory_whole(path: Path) -> Iterator[Path]:
+    """A temporary directory, which becomes the new `path` at the end: a failure leaves nothing."""
+    created = [folder for folder in path.parents if not folder.exists()]  # the nearest first
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield work
+        work.chmod(0o755)  # mkdtemp makes it private
+        work.rename(path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        with suppress(OSError):  # one that holds something stays
+            for folder in created:
+                folder.rmdir()
 
 
 def first_rank() -> bool:
