@@ -6,6 +6,7 @@ over its time, beside what this machine reads at best in the same run.
 """
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -182,7 +183,9 @@ def print_report(figures: dict) -> None:
         f"decode {speed['p50']:.1f} tokens/s (median; mean {speed['mean']:.1f}, "
         f"std {speed['std']:.1f}){noisy}",
     ]
-    if counts := figures.get("accept_counts"):
+    if math.isnan(speed["p50"]):  # a single token: no step was timed
+        lines.pop()
+    elif counts := figures.get("accept_counts"):
         rounds = max(1, sum(counts))
         made = sum((n + 1) * c for n, c in enumerate(counts)) / rounds
         lines.append(
@@ -312,6 +315,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--num_samples, --batch_size and --max_new_tokens must be at least 1")
     if args.cache_size is not None and args.cache_size < 1:
         raise UserError(f"--cache_size {args.cache_size}: must be at least 1")
+    if not -(2**63) <= args.seed < 2**64:
+        raise UserError(f"--seed {args.seed}: takes 64 bits")
     if args.prompts and args.batch_size > 1:
         raise UserError("--prompts is a batch of its own: leave --batch_size out")
     if args.compile_prefill and not args.compile:

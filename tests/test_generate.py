@@ -75,6 +75,11 @@ def test_synthetic_prompt_needs_no_tokenizer(run, tiny, tmp_path):
     assert figures["prompt_tokens"] == 70 and figures["new_tokens"] == [5, 5, 5]
 
 
+def test_a_single_token_has_no_decode_speed(run, tiny):
+    code, _, err = run("--checkpoint_path", tiny, "--prompt", 5, "--max_new_tokens", 1)
+    assert code == 0 and "time to first token" in err and "nan" not in err
+
+
 def test_random_weights_and_quantization_on_load(run, tiny, tmp_path):
     for model in (["--random_weights", "tiny"], ["--checkpoint_path", tiny]):
         code, _, err = run(*model, "--prompt", 4, "--quantization", "int4", "--groupsize", 32,
@@ -111,6 +116,7 @@ def test_chat_keeps_the_conversation(run, default_model, monkeypatch):
         (["--prompt", "70", "--cache_size", "64"], "do not fit a context of 64"),
         (["--prompt", "70", "--cache_size", "0"], "--cache_size 0: must be at least 1"),
         (["--prompt", "2000"], "context is 1024"),
+        (["--prompt", "5", "--seed", str(2**64)], "takes 64 bits"),
         (["--prompt", "0"], "empty prompt"),
         (["--prompt", "5", "--max_new_tokens", "0"], "must be at least 1"),
         (["--prompt", "5", "--temperature", "-1"], "temperature"),
