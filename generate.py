@@ -315,7 +315,7 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--num_samples, --batch_size and --max_new_tokens must be at least 1")
     if args.cache_size is not None and args.cache_size < 1:
         raise UserError(f"--cache_size {args.cache_size}: must be at least 1")
-    if not -(2**63) <= args.seed < 2**64:
+    if not -(2**63) <= args.seed < 2**63:
         raise UserError(f"--seed {args.seed}: takes 64 bits")
     if args.prompts and args.batch_size > 1:
         raise UserError("--prompts is a batch of its own: leave --batch_size out")

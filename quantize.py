@@ -328,7 +328,7 @@ def main() -> None:
     begin = time.perf_counter()
     mode = parse_mode(args.mode, args.groupsize)
     fill_in(args, mode)
-    if not -(2**63) <= args.seed < 2**64:
+    if not -(2**63) <= args.seed < 2**63:
         raise UserError(f"--seed {args.seed}: takes 64 bits")
     source = ckpt.open_checkpoint(args.checkpoint_path)
     if source.header:
