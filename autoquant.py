@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint, load_model, read_json, repack
 from engine import Engine, Sampling
-from errors import UserError
+from errors import UserError, written_whole
 from kernels import native
 from modes import FLOAT_MODES, Mode, parse_mode, quantize_linear
 
@@ -62,7 +62,8 @@ class Plan:
         return {name: mode for name, mode in parsed.items() if mode.format not in FLOAT_MODES}
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1))
+        with written_whole(path) as partial:
+            partial.write_text(json.dumps(asdict(self), indent=1))
 
     @classmethod
     def load(cls, path: Path) -> "Plan":

@@ -6,9 +6,9 @@ A file's name carries no meaning, nothing is ever unpickled, and a checkpoint is
 header, shapes and dtypes are checked before anything of its size is allocated.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +39,18 @@ def read_json(path: Path) -> dict:
     """A JSON object from a file, or a UserError that names it."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object")
     return value
+
+
+SIDE_FILES = (
+    "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
+    "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 
 @dataclass
@@ -61,6 +68,10 @@ class Checkpoint:
     config: ModelConfig
     header: dict
     files: dict[str, Path]
+
+    def own_files(self) -> set[Path]:
+        """The files that it consists of, which no output may overwrite."""
+        return {*self.files.values(), *(self.directory / name for name in SIDE_FILES)}
 
     def stored(self, name: str) -> list[str]:
         """The stored tensors that our tensor `name` stacks."""
@@ -111,7 +122,10 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """dtype of the unquantized weights."""
-        return self.spec("tok_embeddings.weight")[0]
+        dtype = self.spec("tok_embeddings.weight")[0]
+        if dtype not in FLOATS:
+            raise UserError(f"{self.path}: weights in {dtype}; only fp32, fp16 and bf16 can be run")
+        return dtype
 
 
 def _names(path: Path) -> tuple[list[str], dict[str, str]]:
@@ -129,7 +143,7 @@ def _open_directory(path: Path) -> Checkpoint:
         raise UserError(f"{path} has no config.json: give a Hugging Face directory")
     try:
         config = config_from_hf(read_json(config_path))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{config_path}: missing or malformed entry ({error})") from None
     if index.exists():
         weight_map = read_json(index).get("weight_map")
@@ -156,7 +170,7 @@ def open_checkpoint(path: Path | str | None = None) -> Checkpoint:
     if path is None:
         try:
             path = ensure_default_model()
-        except (ValueError, OSError) as error:
+        except OSError as error:
             raise UserError(str(error)) from None
     path = Path(path)
     if path.is_dir():
@@ -177,7 +191,7 @@ def open_checkpoint(path: Path | str | None = None) -> Checkpoint:
         for settings in header["layers"].values():
             if settings["format"] not in FORMATS:
                 raise UserError(f"{path} uses the unknown format {settings['format']!r}")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: malformed header ({error!r})") from None
     return _checked(Checkpoint(path, path.parent, config, header, dict.fromkeys(names, path)))
 
@@ -195,12 +209,12 @@ def build_model(config: ModelConfig, layers: dict[str, dict], dtype: torch.dtype
         model = Transformer(config).to(dtype)
         for name, settings in layers.items():
             try:
-                old = model.get_submodule(name)
+                old, cls = model.get_submodule(name), FORMATS[settings["format"]]
                 rest = {k: v for k, v in settings.items() if k not in ("format", "input_scale")}
+                if rest and rest not in [{"groupsize": size} for size in cls.groupsizes]:
+                    raise ValueError(f"{cls.name} with {rest}")
                 shape = (old.in_features, old.out_features)
-                new = FORMATS[settings["format"]](
-                    *shape, bias=old.bias is not None, dtype=dtype, **rest
-                )
+                new = cls(*shape, bias=old.bias is not None, dtype=dtype, **rest)
                 if settings.get("input_scale"):
                     new.input_scale = torch.empty(old.in_features, dtype=torch.bfloat16)
             except (AttributeError, TypeError, ValueError) as error:
@@ -209,8 +223,11 @@ def build_model(config: ModelConfig, layers: dict[str, dict], dtype: torch.dtype
     return model
 
 
-def check_specs(checkpoint: Checkpoint, model: Transformer, names: Iterable[str]) -> None:
-    """Compare the stored shapes and dtypes with the model's, before anything is allocated."""
+def check_specs(checkpoint: Checkpoint, model: Transformer, names: list[str]) -> None:
+    """Compare what is stored with what the model, all of it `names`, takes: names, shapes, dtypes.
+
+    Before anything is allocated. A tensor that nothing takes means that this is another model.
+    """
     expected = model.state_dict()
     for name in names:
         dtype, shape = checkpoint.spec(name)
@@ -221,6 +238,15 @@ def check_specs(checkpoint: Checkpoint, model: Transformer, names: Iterable[str]
                 f"{checkpoint.path}: {name} is {dtype} {shape}, "
                 f"but its header or config.json says {want.dtype} {list(want.shape)}"
             )
+    unused = checkpoint.files.keys() - {part for name in names for part in checkpoint.stored(name)}
+    unused = sorted(n for n in unused if not n.endswith("rotary_emb.inv_freq"))
+    if checkpoint.config.tied_head and "lm_head.weight" in unused and not checkpoint.header:
+        unused.remove("lm_head.weight")
+    if unused:
+        raise UserError(
+            f"{checkpoint.path} holds tensors that its header or config.json does not account for "
+            f"({len(unused)}): {', '.join(unused[:3])}"
+        )
 
 
 def tensor_names(model: Transformer) -> list[str]:
@@ -299,8 +325,12 @@ class Writer:
         if DTYPE_NAMES[tensor.dtype] != entry["dtype"] or shape[1:] != entry["shape"][1:]:
             raise ValueError(f"{name} is {tensor.dtype} {shape}, announced {entry}")
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self.file.seek(self.start + entry["data_offsets"][0] + row * (flat.numel() // max(rows, 1)))
-        self.file.write(memoryview(flat.numpy()))
+        place = self.start + entry["data_offsets"][0] + row * (flat.numel() // max(rows, 1))
+        try:
+            self.file.seek(place)
+            self.file.write(memoryview(flat.numpy()))
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
         self.unwritten[name] -= rows
         if not 0 <= self.unwritten[name] <= total:
             raise ValueError(f"{name}: more rows written than announced")
@@ -315,9 +345,10 @@ class Writer:
                     raise ValueError(f"tensors never written: {missing[:3]}")
                 self.file.flush()
                 os.fsync(self.file.fileno())
-            self.file.close()
-            if kind is None:
                 os.replace(self.temporary, self.path)
+        except OSError as problem:
+            raise UserError(f"cannot write {self.path}: {problem.strerror}") from None
         finally:
-            self.file.close()
             self.temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a full disk: what is buffered is lost anyway
+                self.file.close()

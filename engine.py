@@ -6,6 +6,7 @@ bucket sizes, and positions are tensors. The host never waits inside the loop: i
 token while the next step runs.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Set
@@ -33,8 +34,8 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError("sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1")
+        if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError("sampling needs finite temperature >= 0, top_k >= 0, 0 < top_p <= 1")
         if not 0 <= self.min_p <= 1:
             raise UserError("sampling needs 0 <= min_p <= 1")
 

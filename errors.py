@@ -1,10 +1,15 @@
 """What the command lines share: a mistake is one line and exit code 2; progress; writing JSON."""
 
+import io
 import json
 import math
 import os
+import shutil
+import signal
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,15 +38,58 @@ def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def check_outputs(*paths: Path | None) -> None:
-    """A UserError, before the work begins, if a file cannot be written at one of the paths."""
-    for path in paths:
-        if path is None:
+def check_outputs(
+    *paths: Path | None, replaced: Path | None = None, inputs: Iterable[Path | None] = ()
+) -> None:
+    """A UserError, before the work begins, if a file cannot be written at one of the paths.
+
+    Or if that would overwrite another output, one of the `inputs`, or anything but a plain file;
+    /dev/null may be written to, but not be `replaced`, as an output that is renamed into its place.
+    """
+    taken = {path.resolve() for path in inputs if path}
+    for path in (replaced, *paths):
+        if path is None or (path == Path(os.devnull) and path != replaced):
             continue
         if path.is_dir() or not path.parent.is_dir():
             raise UserError(f"cannot write {path}: give a file in a folder that exists")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
+        if not all(os.access(p, os.W_OK) for p in (path.parent, path) if p.exists()):
             raise UserError(f"cannot write {path}: no permission")
+        if path.exists() and not path.is_file():
+            raise UserError(f"cannot write {path}: it is no plain file")
+        if path.resolve() in taken:
+            raise UserError(f"cannot write {path}: it is an input or another output too")
+        taken.add(path.resolve())
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, which becomes `path` at the end: a failure leaves nothing."""
+    target = path.resolve()  # of a link the file, not the link, is replaced
+    partial = target.with_name(f".{os.getpid()}.partial.{target.name}")  # the suffix may matter
+    try:
+        yield partial
+        os.replace(partial, target)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def directory_whole(path: Path) -> Iterator[Path]:
+    """A temporary directory, which becomes the new `path` at the end: a failure leaves nothing."""
+    created = [folder for folder in path.parents if not folder.exists()]  # the nearest first
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield work
+        work.chmod(0o755)  # mkdtemp makes it private
+        work.rename(path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        with suppress(OSError):  # one that holds something stays
+            for folder in created:
+                folder.rmdir()
 
 
 def first_rank() -> bool:
@@ -59,12 +107,10 @@ def write_json(path: Path | None, figures: dict[str, Any]) -> None:
             return [plain(v) for v in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    if path is None or not first_rank():
+    if path in (None, Path(os.devnull)) or not first_rank():
         return
-    try:
-        path.write_text(json.dumps(plain(figures), indent=1))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(plain(figures), indent=1))
 
 
 def mute(prefix: str) -> None:
@@ -74,11 +120,26 @@ def mute(prefix: str) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for good)
 
 
+def _terminate(*_) -> None:
+    sys.exit(143)
+
+
 def cli(main: Callable[[], None]) -> None:
-    """Run a script's `main`: exit 2 with one line on a `UserError`, 130 on Ctrl-C."""
+    """Run a script's `main`: exit 2 with one line on a `UserError` or `OSError`, 130 on Ctrl-C.
+
+    SIGTERM cleans up as Ctrl-C does, but where torchrun ends processes that wait for each other.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # text that a terminal cannot show
     try:
         main()
-    except UserError as error:
+        sys.stdout.flush()  # a full disk or a closed pipe shows here, not at exit
+    except BrokenPipeError:  # of `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (UserError, OSError) as error:
         print(f"{_prefix}error: {error}", file=_stderr or sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -223,7 +223,11 @@ def main() -> None:
     args = parse_args()
     if args.reference and args.tasks and not args.text:
         raise UserError("--reference compares on a text: give --text beside --tasks")
-    check_outputs(args.json)
+    if args.json:
+        inputs = {args.text} | open_checkpoint(args.checkpoint_path).own_files()
+        if args.reference:
+            inputs |= open_checkpoint(args.reference).own_files()
+        check_outputs(args.json, inputs=inputs)
     model, mode, directory = load(args)
     tokenizer = open_tokenizer(directory, model, required=True)
     if args.compile:

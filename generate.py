@@ -6,6 +6,7 @@ over its time, beside what this machine reads at best in the same run.
 """
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -18,7 +19,16 @@ from backends import check_layers, choose_kernels
 from chat import Streamer, chat, render_chat
 from checkpoint import load_model, open_checkpoint
 from engine import COMPILE_MODES, Engine, Result, Sampling, compiled_graphs, configure_compiler
-from errors import UserError, check_device, check_outputs, cli, first_rank, progress, write_json
+from errors import (
+    UserError,
+    check_device,
+    check_outputs,
+    cli,
+    first_rank,
+    progress,
+    write_json,
+    written_whole,
+)  # fmt: skip
 from kernels import native
 from kernels.choice import KERNELS
 from measure import device_name, peak_memory, read_bandwidth, spread, step_bytes, weight_bytes
@@ -102,7 +112,9 @@ def load(args: argparse.Namespace, random_name: str | None = None):
         model = tp.load_ranked(ranks, checkpoint, checkpoint.config, mode, args.device, dtype)
     else:
         model = load_model(checkpoint, args.device, dtype)
-    name = checkpoint.header.get("mode") or names[model.tok_embeddings.weight.dtype]
+    name = checkpoint.header.get("mode", "fp32")
+    if name in FLOAT_MODES:  # --precision may have changed it
+        name = names[model.tok_embeddings.weight.dtype]
     if mode and not ranks:
         head = head_mode(mode, None)
         quantize_(model, str(mode), mode.groupsize, skip=lambda n: n == "output")
@@ -171,7 +183,9 @@ def print_report(figures: dict) -> None:
         f"decode {speed['p50']:.1f} tokens/s (median; mean {speed['mean']:.1f}, "
         f"std {speed['std']:.1f}){noisy}",
     ]
-    if counts := figures.get("accept_counts"):
+    if math.isnan(speed["p50"]):  # a single token: no step was timed
+        lines.pop()
+    elif counts := figures.get("accept_counts"):
         rounds = max(1, sum(counts))
         made = sum((n + 1) * c for n, c in enumerate(counts)) / rounds
         lines.append(
@@ -284,7 +298,8 @@ def run_samples(
         if args.profile and first_rank() and i == args.num_samples - 1:
             with torch.profiler.profile() as trace:
                 results.append(engine.generate(*call))
-            trace.export_chrome_trace(str(args.profile))
+            with written_whole(args.profile) as partial:  # missing where torch could not write it
+                trace.export_chrome_trace(str(partial))
         else:
             results.append(engine.generate(*call))
         if streamer:
@@ -299,6 +314,10 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is loaded."""
     if min(args.num_samples, args.batch_size, args.max_new_tokens) < 1:
         raise UserError("--num_samples, --batch_size and --max_new_tokens must be at least 1")
+    if args.cache_size is not None and args.cache_size < 1:
+        raise UserError(f"--cache_size {args.cache_size}: must be at least 1")
+    if not -(2**63) <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed}: takes 64 bits")
     if args.prompts and args.batch_size > 1:
         raise UserError("--prompts is a batch of its own: leave --batch_size out")
     if args.compile_prefill and not args.compile:
@@ -307,7 +326,13 @@ def check(args: argparse.Namespace) -> None:
         others = ("json", "profile", "prompts", "num_samples", "batch_size")
         if given := [name for name in others if getattr(args, name) not in (None, 1)]:
             raise UserError(f"--interactive is one conversation: leave --{given[0]} out")
-    check_outputs(args.json, args.profile)
+    if args.json or args.profile:
+        inputs = {args.prompts, args.package}
+        if not args.random_weights:
+            inputs |= open_checkpoint(args.checkpoint_path).own_files()
+        if args.draft_checkpoint_path:
+            inputs |= open_checkpoint(args.draft_checkpoint_path).own_files()
+        check_outputs(args.json, replaced=args.profile, inputs=inputs)
     if args.package:
         others = ("compile", "compile_prefill", "draft_checkpoint_path", "prompt_lookup",
                   "cache_size")  # fmt: skip

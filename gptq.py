@@ -13,6 +13,8 @@ refitted to the codes by least squares, and each code rounded anew given all the
 Written against a format's grid: it serves every format.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,15 +41,16 @@ def damped(hessian: Tensor, percdamp: float) -> Tensor:
 def inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
     """U, upper triangular, with U^T U = (H + damping)^-1.
 
-    Damping grows tenfold until the factor exists.
+    Damping grows tenfold, from 1e-4 at least, until the factor exists.
     """
     for attempt in range(8):
-        factor, info = torch.linalg.cholesky_ex(damped(hessian, percdamp * 10**attempt))
+        damping = max(percdamp, 1e-4) * 10**attempt if attempt else percdamp
+        factor, info = torch.linalg.cholesky_ex(damped(hessian, damping))
         if info == 0:
             factor, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
         if info == 0 and factor.isfinite().all():
             return factor
-    raise ValueError("the Hessian is not finite: the calibration activations overflowed")
+    raise UserError("the Hessian is not finite: the calibration activations overflowed")
 
 
 def fit_clipped(
@@ -80,8 +83,8 @@ def check_options(
     percdamp: float, clip_steps: int, refinements: int, act_order: bool = True
 ) -> None:
     """A UserError for options of `gptq` that make no sense."""
-    if percdamp < 0 or clip_steps < 1 or refinements < 0:
-        raise UserError("GPTQ needs percdamp >= 0, clip_steps >= 1 and refinements >= 0")
+    if not 0 <= percdamp < math.inf or clip_steps < 1 or refinements < 0:
+        raise UserError("GPTQ needs percdamp >= 0 (finite), clip_steps >= 1 and refinements >= 0")
 
 
 @torch.no_grad()

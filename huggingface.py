@@ -33,7 +33,13 @@ def config_from_hf(hf: dict) -> ModelConfig:
         raise UserError("config.json asks for sliding-window attention, which is not supported")
     if hf.get("hidden_act", "silu") != "silu":
         raise UserError(f"hidden_act {hf['hidden_act']!r} in config.json: only silu is supported")
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(hf.get(name), dict | None):
+            raise UserError(f"{name} {hf[name]!r} in config.json: must be an object")
     rope = hf.get("rope_parameters") or {}
+    partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        raise UserError(f"partial_rotary_factor {partial!r} in config.json: only 1 is supported")
     scaling = hf.get("rope_scaling") or (rope if rope.get("rope_type") else None)
     kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
     if kind not in ("default", "llama3"):

@@ -21,6 +21,12 @@ from kernels.attention import attention
 from kernels.decode import MOST_ROWS, decode, plan_decode
 from kernels.linear import Linear
 
+LARGEST = 2**24  # size: the bytes of no tensor overflow 64 bits
+
+
+def _finite(x: object) -> bool:
+    return type(x) in (int, float) and abs(x) < 1e300  # false for NaN, and for 10**400
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -44,8 +50,22 @@ class ModelConfig:
 
     def __post_init__(self):
         sizes = (self.dim, self.n_layers, self.n_heads, self.n_kv_heads, self.ffn_dim)
-        if any(type(n) is not int or n < 1 for n in (*sizes, self.vocab_size, self.head_dim)):
-            raise ValueError("sizes must be positive integers")
+        sizes = (*sizes, self.vocab_size, self.head_dim, self.max_positions)
+        if any(type(n) is not int or not 0 < n < LARGEST for n in sizes):
+            raise ValueError(f"sizes must be positive integers below {LARGEST}")
+        if self.n_heads * self.head_dim >= LARGEST:
+            raise ValueError(f"{self.n_heads} heads of {self.head_dim}")
+        if not (_finite(self.norm_eps) and self.norm_eps >= 0):
+            raise ValueError(f"the norms' epsilon is {self.norm_eps!r}")
+        if not (_finite(self.rope_theta) and self.rope_theta > 0):
+            raise ValueError(f"rope_theta is {self.rope_theta!r}")
+        scaling = (1.0, 1.0, 2.0, 1) if self.rope_scaling is None else self.rope_scaling
+        positive = all(_finite(x) and x > 0 for x in scaling)
+        if len(scaling) != 4 or not positive or scaling[1] >= scaling[2]:
+            raise ValueError(f"rope scaling by {scaling!r}")
+        flags = (self.tied_head, self.attention_bias, self.output_bias, self.ffn_bias)
+        if any(type(flag) is not bool for flag in flags):
+            raise ValueError("tied_head and the biases must be true or false")
         if self.n_heads % self.n_kv_heads or self.head_dim % 2:
             raise ValueError(f"{self.n_heads} heads of {self.head_dim} on {self.n_kv_heads}")
 

@@ -120,6 +120,8 @@ def mode_names() -> list[str]:
 def parse_mode(text: str, groupsize: int | None = None) -> Mode:
     """A Mode from its name; `groupsize` None takes the format's default."""
     if text in FLOAT_MODES:
+        if groupsize is not None:
+            raise UserError(f"mode {text!r} has no groups: leave --groupsize out")
         return Mode(text, "", None)
     if text in AUTOQUANT:
         if groupsize is not None:
@@ -148,6 +150,8 @@ def head_mode(mode: Mode, lm_head: str | None) -> Mode:
 
     Autoquant picks the head's mode too.
     """
+    if mode.format in FLOAT_MODES and lm_head == "int8":
+        raise UserError(f"mode {mode} quantizes nothing: leave --lm_head out")
     if mode.format in FLOAT_MODES or lm_head == "keep":
         return Mode("bf16", "", None)
     if mode.format in AUTOQUANT and lm_head != "int8":

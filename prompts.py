@@ -68,7 +68,7 @@ def read_prompts(path: Path) -> list[str]:
         if as_json:
             try:
                 prompt = json.loads(line)["prompt"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(f'{path}:{number}: not a JSON object with a "prompt"') from None
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"{path}:{number}: empty prompt: give at least one word")

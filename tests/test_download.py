@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from errors import cli
 from scripts import download
 from scripts.download import DownloadError, ensure_default_model, fetch_default_model
 
@@ -148,7 +149,7 @@ def test_a_failed_repository_leaves_nothing(checkpoints, monkeypatch, names, err
     with pytest.raises(DownloadError, match=message) as caught:
         download.fetch_repository("some/model")
     assert "\n" not in str(caught.value)
-    assert list((checkpoints / "some").iterdir()) == []
+    assert not checkpoints.exists()
 
 
 @pytest.mark.parametrize("name", ["model", "a/b/c", "../b"])
@@ -173,6 +174,15 @@ def test_both_ways_to_run_it(how):
     assert done.returncode == 2
     assert done.stderr.startswith("error: 'no-repository' is not a repository")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_checkpoints_that_is_a_file(checkpoints, monkeypatch, capsys):
+    fake_hub(monkeypatch, ["model.safetensors"])
+    checkpoints.write_text("")
+    monkeypatch.setattr(sys, "argv", ["download.py", "some/model"])
+    with pytest.raises(SystemExit) as done:
+        cli(download.main)
+    assert done.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_real_one_is_complete(default_model):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -10,8 +11,11 @@ from tiny import save_tiny
 from tiny_text import save_tiny_with_tokenizer
 
 import generate
+from checkpoint import open_checkpoint
 from engine import Result
 from errors import cli
+from modes import parse_mode
+from quantize import CheckpointQuantizer
 
 KEYS = {
     "model", "mode", "package", "device", "threads", "compile", "compile_mode", "compiled",
@@ -71,6 +75,11 @@ def test_synthetic_prompt_needs_no_tokenizer(run, tiny, tmp_path):
     assert figures["prompt_tokens"] == 70 and figures["new_tokens"] == [5, 5, 5]
 
 
+def test_a_single_token_has_no_decode_speed(run, tiny):
+    code, _, err = run("--checkpoint_path", tiny, "--prompt", 5, "--max_new_tokens", 1)
+    assert code == 0 and "time to first token" in err and "nan" not in err
+
+
 def test_random_weights_and_quantization_on_load(run, tiny, tmp_path):
     for model in (["--random_weights", "tiny"], ["--checkpoint_path", tiny]):
         code, _, err = run(*model, "--prompt", 4, "--quantization", "int4", "--groupsize", 32,
@@ -105,10 +114,14 @@ def test_chat_keeps_the_conversation(run, default_model, monkeypatch):
         (["--checkpoint_path", "nowhere"], "no checkpoint at nowhere"),
         (["--prompt", "text"], "token"),  # the tiny model has no tokenizer files
         (["--prompt", "70", "--cache_size", "64"], "do not fit a context of 64"),
+        (["--prompt", "70", "--cache_size", "0"], "--cache_size 0: must be at least 1"),
         (["--prompt", "2000"], "context is 1024"),
+        (["--prompt", "5", "--seed", str(2**64)], "takes 64 bits"),
         (["--prompt", "0"], "empty prompt"),
         (["--prompt", "5", "--max_new_tokens", "0"], "must be at least 1"),
         (["--prompt", "5", "--temperature", "-1"], "temperature"),
+        (["--prompt", "5", "--temperature", "nan"], "temperature"),
+        (["--prompt", "5", "--temperature", "inf"], "temperature"),
         (["--prompt", "5", "--device", "cuda:77"], "no device"),
         (["--prompt", "5", "--quantization", "int7"], "unknown mode"),
         (["--prompt", "5", "--quantization", "int4-gptq"], "calibrat"),
@@ -128,6 +141,35 @@ def test_mistakes_get_one_line_and_exit_code_2(run, tiny, args, message):
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("error: ") and message in last, err
     assert "Traceback" not in err
+
+
+def test_outputs_never_replace_inputs(run, tiny, tmp_path, monkeypatch):
+    flags = ["--checkpoint_path", tiny, "--prompt", 5, "--max_new_tokens", 3]
+    weights = (tiny / "model.safetensors").read_bytes()
+    os.mkfifo(tmp_path / "fifo")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "devnull", str(tmp_path / "fifo"))  # refused too: it would be replaced
+        for outputs in (
+            ["--json", tiny / "model.safetensors"],
+            ["--profile", tiny / "config.json"],
+            ["--profile", tmp_path / "fifo"],
+            ["--json", tmp_path / "x", "--profile", tmp_path / "x"],
+        ):
+            code, _, err = run(*flags, *outputs)
+            assert code == 2 and "cannot write" in err
+    assert (tiny / "model.safetensors").read_bytes() == weights
+
+
+def test_a_trace_is_there_or_an_error(run, tiny, tmp_path, monkeypatch):
+    flags = ["--checkpoint_path", tiny, "--prompt", 5, "--max_new_tokens", 3]
+    flags += ["--profile", tmp_path / "trace.json", "--json", "/dev/null"]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.profiler.profile, "export_chrome_trace", lambda *args: None)
+        code, _, err = run(*flags)
+    assert code == 2 and "cannot write" in err
+    assert run(*flags)[0] == 0
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_rows_that_have_ended_make_no_tokens():
@@ -150,6 +192,21 @@ def test_a_float_mode_is_the_dtype(run, tiny, tmp_path, monkeypatch, name):
     assert run(*flags, "--prompt", "5", "--max_new_tokens", 3, "--json", out)[0] == 0
     assert json.loads(out.read_text())["mode"] == name
     assert dtypes == [generate.PRECISIONS[name]]
+
+
+def test_mode_of_a_file_run_in_another_precision(run, tiny, tmp_path):
+    mode = parse_mode("fp16")
+    CheckpointQuantizer(open_checkpoint(tiny), mode, mode, tmp_path / "fp16").run()
+    for path in (tiny, tmp_path / "fp16"):
+        args = ("--checkpoint_path", path, "--prompt", 5, "--max_new_tokens", 3)
+        assert run(*args, "--json", tmp_path / "out.json")[0] == 0
+        assert json.loads((tmp_path / "out.json").read_text())["mode"] == "fp32"
+
+
+def test_fp64_is_refused(run, tmp_path):
+    tiny = save_tiny(tmp_path / "tiny", torch.float64)[0]
+    code, _, err = run("--checkpoint_path", tiny, "--prompt", 5)
+    assert code == 2 and "only fp32, fp16 and bf16" in err.splitlines()[-1]
 
 
 def test_vocabulary_that_does_not_match(run, tiny, default_model):

@@ -1,6 +1,7 @@
 """GPTQ against a plain float64 reference, and the corner cases of Hessians and shapes."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -163,22 +164,27 @@ def test_dead_columns_are_rounded_to_nearest():
     assert torch.equal(codes, grid.round_to_nearest(w, params))
 
 
-def test_a_singular_hessian_gets_more_damping():
+@pytest.mark.parametrize("percdamp", [0.0, 1e-6])
+def test_a_singular_hessian_gets_more_damping(percdamp):
     w, stats = problem(16, 96, tokens=5)
     stats.hessian -= 1e-3 * torch.eye(96)  # not even semidefinite
     grid = Int4Grid(32)
-    codes, params = gptq(w, grid, stats, percdamp=1e-6)
+    codes, params = gptq(w, grid, stats, percdamp=percdamp)
     assert loss(grid, w, codes, params, stats.hessian) < nearest_loss(grid, w, stats.hessian)
 
 
 def test_a_hessian_that_overflowed_is_an_error():
     w, stats = problem(4, 32)
     stats.hessian[0, 0] = torch.inf
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         gptq(w, Int4Grid(32), stats)
 
 
-@pytest.mark.parametrize("option", [{"percdamp": -1}, {"clip_steps": 0}, {"refinements": -1}])
+@pytest.mark.parametrize(
+    "option",
+    [{"percdamp": -1}, {"percdamp": math.nan}, {"percdamp": math.inf}, {"clip_steps": 0},
+     {"refinements": -1}],
+)  # fmt: skip
 def test_bad_options_are_refused(option):
     w, stats = problem(4, 32)
     with pytest.raises(UserError, match="GPTQ needs"):

@@ -15,7 +15,7 @@ import generate
 import quantize
 from calibration import BUNDLED
 from kernels import choice
-from modes import mode_names, parse_mode
+from modes import FLOAT_MODES, mode_names, parse_mode
 
 WIDTH = 512  # columns that are kept of the feed-forward's 1536
 VOCAB = 4096  # tokens that are kept of 49152
@@ -77,10 +77,11 @@ def run(monkeypatch, tmp_path):
 def test_quantize_generate_eval(name, source, run, tmp_path):
     file, mode = tmp_path / "model.safetensors", parse_mode(name)
     # The head takes most of the time here, and no algorithm but rounding to nearest reaches it.
-    head = "keep" if mode.algorithm else "int8"
+    head = "keep" if mode.algorithm or mode.format in FLOAT_MODES else "int8"
+    few = {"calibration": source / "text", **FEW}
+    few = {flag: value for flag, value in few.items() if flag in quantize.flags_of(mode)}
     written = run(
-        quantize, mode=name, checkpoint_path=source, output=file, lm_head=head,
-        calibration=source / "text", **FEW,
+        quantize, mode=name, checkpoint_path=source, output=file, lm_head=head, **few
     )  # fmt: skip
     assert written["mode"] == name and written["weight_bytes"] <= file.stat().st_size
     for tokenizer in source.glob("tokenizer*"):

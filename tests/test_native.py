@@ -363,14 +363,40 @@ def test_read_bandwidth():
     assert native.read_bandwidth(1 << 20, 1) > 1e6
 
 
-def test_without_a_compiler_one_line_and_false():
-    code = "from kernels import native; print(native.load(), native.loaded())"
-    done = subprocess.run(
+def load_with(**environment) -> subprocess.CompletedProcess:
+    """native.load() in a process of its own."""
+    code = (
+        "from errors import cli; from kernels import native;"
+        "cli(lambda: print(native.load(), native.loaded()))"
+    )
+    return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True,
-        cwd=Path(__file__).parent.parent, env={**os.environ, "CXX": "no-such-compiler"},
+        cwd=Path(__file__).parent.parent, env={**os.environ, **environment},
     )  # fmt: skip
+
+
+def test_without_a_compiler_one_line_and_false():
+    done = load_with(CXX="no-such-compiler")
     assert done.stdout.split() == ["False", "False"], done.stderr
     assert done.stderr.count("\n") == 1 and "compiler" in done.stderr
+
+
+def test_a_compiler_that_fails_is_one_line_and_false(tmp_path):
+    old = tmp_path / "old-g++"  # that knows its version, but not the flags
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "error: no -mamx" >&2; exit 1; }\n')
+    old.chmod(0o755)
+    for compiler, reason in (("/bin/false", "exit status 1"), (str(old), "error: no -mamx")):
+        done = load_with(CXX=compiler, TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
+        assert done.returncode == 0 and done.stdout.split() == ["False", "False"], done.stderr
+        last = done.stderr.splitlines()[-1]
+        assert f"{compiler} cannot build" in last and reason in last
+        assert "Traceback" not in done.stderr and not list(tmp_path.glob("cache/*/*.o*"))
+
+
+def test_an_unknown_level_is_one_line():
+    done = load_with(FLATLLAMA_CPU="foo")
+    assert done.returncode == 2 and done.stderr.startswith("error: FLATLLAMA_CPU=foo: take one of")
+    assert done.stderr.count("\n") == 1
 
 
 def test_settled_weights_lie_one_after_another():

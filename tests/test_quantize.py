@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from tiny import save_tiny
 from torch import nn
 
+import quantize
 from checkpoint import load_model, open_checkpoint
 from errors import UserError
 from huggingface import config_from_hf, hf_names
@@ -38,6 +40,8 @@ def test_unknown_mode_names_the_nearest():
         parse_mode("int4", 48)
     with pytest.raises(UserError, match="leave --groupsize out"):
         parse_mode("int8", 64)
+    with pytest.raises(UserError, match="leave --groupsize out"):
+        parse_mode("bf16", 64)
 
 
 def test_head_policy():
@@ -152,6 +156,31 @@ def test_command_line(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "flags, refused",
+    [
+        (["--mode", "int4", "--percdamp", "0.1"], "percdamp"),
+        (["--mode", "int4-awq", "--no-act_order"], "act_order"),
+        (["--mode", "int4-gptq", "--alpha", "0.5"], "alpha"),
+        (["--mode", "int8", "--calibration", "self"], "calibration"),
+        (["--mode", "int4-gptq", "--plan", "x"], "plan"),
+        (["--mode", "autoquant", "--calibration_samples", "8"], "calibration_samples"),
+        (["--mode", "int4-gptq", "--seed", "1", "--percdamp", "0"], None),
+        (["--mode", "int8dq-smooth", "--alpha", "0", "--calibration_samples", "8"], None),
+        (["--mode", "autoquant", "--seed", "1", "--min_sqnr", "30", "--plan", "x"], None),
+    ],
+)
+def test_flags_that_a_mode_does_not_take(monkeypatch, flags, refused):
+    monkeypatch.setattr(sys, "argv", ["quantize.py", *flags])
+    args = quantize.parse_args()
+    if refused:
+        with pytest.raises(UserError, match=f"does not use --{refused}:"):
+            quantize.fill_in(args, parse_mode(args.mode))
+        return
+    quantize.fill_in(args, parse_mode(args.mode))
+    assert args.clip_steps == 20 and args.act_order and args.calibration == "bundled"
+
+
+@pytest.mark.parametrize(
     "args, message",
     [
         (["--mode", "int9"], "unknown mode"),
@@ -160,6 +189,8 @@ def test_command_line(tmp_path):
         (["--device", "cuda:99"], "no device"),
         (["--mode", "int4-gptq", "--percdamp", "-1"], "GPTQ needs percdamp >= 0"),
         (["--output", "missing-folder/x.safetensors"], "cannot write"),
+        (["--mode", "fp16", "--lm_head", "int8"], "leave --lm_head out"),
+        (["--mode", "int4-gptq", "--seed", str(2**64)], "takes 64 bits"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(tmp_path, args, message):
@@ -171,6 +202,38 @@ def test_mistakes_get_one_line_and_exit_code_2(tmp_path, args, message):
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_outputs_never_replace_inputs_or_each_other(tmp_path, monkeypatch):
+    directory, _ = save_tiny(tmp_path / "m", torch.bfloat16)
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to(directory / "model.safetensors")
+    monkeypatch.setattr(os, "devnull", str(tmp_path / "fifo"))  # refused too, as it is replaced
+    before = {p: p.read_bytes() for p in directory.iterdir()}
+    for outputs in (
+        ["--output", directory / "model.safetensors"],
+        ["--output", directory / "config.json"],
+        ["--output", tmp_path / "link"],
+        ["--output", tmp_path / "new", "--json", directory / "config.json"],
+        ["--output", tmp_path / "new", "--json", tmp_path / "m" / ".." / "new"],
+        ["--output", tmp_path / "fifo"],
+    ):
+        argv = ["quantize.py", "--mode", "int8", "--checkpoint_path", directory, *outputs]
+        monkeypatch.setattr(sys, "argv", [*map(str, argv)])
+        with pytest.raises(UserError, match="cannot write"):
+            quantize.main()
+    assert before == {p: p.read_bytes() for p in directory.iterdir()}
+    assert not (tmp_path / "new").exists() and (tmp_path / "fifo").is_fifo()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    directory, _ = save_tiny(tmp_path, torch.bfloat16)
+    before = sorted(tmp_path.iterdir())
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # noqa: E731
+    done = run("--mode", "int8", "--checkpoint_path", directory, preexec_fn=limit)
+    assert done.returncode == 2
+    assert "cannot write" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def bare_peak() -> int:

@@ -1,0 +1,71 @@
+"""errors.py: how a command line ends, and files that appear whole or not at all."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from errors import UserError, check_outputs, write_json, written_whole
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(body: str, **kwargs) -> subprocess.Popen:
+    """A script whose `main` is `body`, in a process of its own."""
+    code = f"import sys, time, errors\ndef main():\n    {body}\nerrors.cli(main)"
+    kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | kwargs
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **kwargs)
+
+
+def test_a_closed_pipe_is_no_error():
+    with start("print('x' * 100000)") as process:
+        process.stdout.close()
+        assert process.wait() == 141 and process.stderr.read() == ""
+
+
+def test_an_error_of_the_system_is_one_line():
+    with start("open('/nowhere/at/all')") as process:
+        assert process.stderr.read().count("\n") == 1 and process.wait() == 2
+
+
+def test_text_that_stdout_cannot_show():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    with start("print('caf\\xe9')", env=environment) as process:
+        assert process.stdout.read() == "caf\\xe9\n" and process.wait() == 0
+
+
+def test_sigterm_cleans_up():
+    with start("try: print(1, flush=True); time.sleep(60)\n    finally: print(2)") as process:
+        assert process.stdout.readline() == "1\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.read() == "2\n" and process.wait() == 143
+
+
+def test_json_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"x": float("nan")})
+    kept = path.read_text()
+    with pytest.raises(TypeError):
+        write_json(path, {"x": object()})
+    with pytest.raises(UserError, match=f"cannot write {path}: No space"), written_whole(path):
+        raise OSError(28, "No space left on device")
+    assert path.read_text() == kept and list(tmp_path.iterdir()) == [path]
+
+
+def test_outputs_are_checked(tmp_path):
+    check_outputs(tmp_path / "new", None, Path(os.devnull), inputs=[None])
+    os.mkfifo(tmp_path / "fifo")
+    for paths, inputs in (
+        ([tmp_path], []),
+        ([tmp_path / "no" / "folder"], []),
+        ([tmp_path / "fifo"], []),
+        ([tmp_path / "a", tmp_path / "a"], []),
+        ([tmp_path / "a"], [tmp_path / "." / "a"]),
+    ):
+        with pytest.raises(UserError, match="cannot write"):
+            check_outputs(*paths, inputs=inputs)
+    with pytest.raises(UserError, match="no plain file"):
+        check_outputs(replaced=Path(os.devnull))
