@@ -46,7 +46,6 @@ def main() -> None:
     check_outputs(replaced=args.output)
     if args.output.suffix != ".pt2" or not args.output.parent.is_dir():
         raise UserError(f"--output {args.output}: a file in an existing folder, ending in .pt2")
-    check_outputs(args.output)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a package is for one process: leave torchrun out")
     begin = time.perf_counter()
