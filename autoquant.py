@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backends import choose_kernels
 from checkpoint import Checkpoint, load_model, read_json, repack
 from engine import Engine, Sampling
 from errors import UserError, written_whole
-from kernels import native
 from modes import FLOAT_MODES, Mode, parse_mode, quantize_linear
 
 WORKING_SET = 2**27  # bytes of weights that one timed pass goes through
@@ -276,8 +276,7 @@ def read_or_make_plan(
                 f"{plan.min_sqnr}: ask for the same, or remove it"
             )
         return plan
-    if device == "cpu":
-        native.load()
+    choose_kernels("auto", device)
     model = load_model(source, device)
     length = min(384, source.config.max_positions)
     generator = torch.Generator().manual_seed(seed)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from errors import UserError
-from kernels import aten
+from kernels import aten, native
 from kernels.choice import interpreting, kernels, load_triton, triton_on
 from kernels.linear import QuantizedLinear
 
@@ -17,6 +17,11 @@ def choose_kernels(name: str, device: str) -> None:
             f"--kernels {name} needs a GPU; on the CPU there are auto and inductor{hint}"
         )
     kernels(name)
+    if device == "cpu" and name == "auto":
+        try:
+            native.load()
+        except ValueError as error:
+            raise UserError(str(error)) from None
     if triton_on(torch.device(device)):
         try:
             load_triton()

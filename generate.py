@@ -94,7 +94,6 @@ def load(args: argparse.Namespace, random_name: str | None = None):
             raise UserError(f"--threads {args.threads}: must be at least 1")
         torch.set_num_threads(args.threads)
     if args.device == "cpu" and args.kernels == "auto":
-        native.load()
         native.exact_activations(args.exact_activations or None)
     names = {dtype: name for name, dtype in FLOAT_MODES.items()}
     if random_name is not None:

@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from errors import UserError
 from kernels.choice import kernels
 
 SOURCES = Path(__file__).parent / "cpu"
@@ -76,12 +75,15 @@ def exact_activations(flag: bool | None = None) -> bool:
 
 
 def load() -> bool:
-    """Build (once) and load the operators. False, with one line on stderr, where that fails."""
+    """Build (once) and load the operators. False, with one line on stderr, where that fails.
+
+    ValueError: FLATLLAMA_CPU names a level that there is not, or that this CPU lacks.
+    """
     global _loaded
     if _loaded is None:
         compiler, level = find_compiler(), os.environ.get("FLATLLAMA_CPU") or "best"
         if level not in ("best", *LEVELS):
-            raise UserError(f"FLATLLAMA_CPU={level}: take one of {', '.join(LEVELS)}")
+            raise ValueError(f"FLATLLAMA_CPU={level}: take one of {', '.join(LEVELS)}")
         _loaded = False
         if compiler is None:
             _say("no C++ compiler (g++ or clang++): products run through ATen, slower")
@@ -95,7 +97,7 @@ def load() -> bool:
         try:
             set_cpu_level(level)
         except ValueError as error:
-            raise UserError(f"FLATLLAMA_CPU={level}: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"FLATLLAMA_CPU={level}: {str(error).splitlines()[0]}") from None
         _register_fakes()
         _loaded = True
     return _loaded

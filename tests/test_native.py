@@ -364,10 +364,10 @@ def test_read_bandwidth():
 
 
 def load_with(**environment) -> subprocess.CompletedProcess:
-    """native.load() in a process of its own."""
+    """What a command line does about the kernels, in a process of its own."""
     code = (
-        "from errors import cli; from kernels import native;"
-        "cli(lambda: print(native.load(), native.loaded()))"
+        "from backends import choose_kernels; from errors import cli; from kernels import native;"
+        "cli(lambda: (choose_kernels('auto', 'cpu'), print(native.load(), native.loaded())))"
     )
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True,
