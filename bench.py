@@ -31,7 +31,7 @@ from checkpoint import Checkpoint, open_checkpoint
 from engine import COMPILE_MODES
 from errors import UserError, check_device, check_outputs, cli, progress, write_json
 from kernels.choice import KERNELS
-from model import CONFIGS
+from model import CONFIGS, KV_CACHES
 from modes import FLOAT_MODES, Mode, head_mode, mode_names, parse_mode
 from quantize import default_output
 
@@ -247,7 +247,7 @@ def parse_args() -> argparse.Namespace:
     add("--kernels", choices=KERNELS, default="auto", help="see generate.py")
     add("--prompt", type=int, default=64, metavar="N", help="tokens of the synthetic prompt")
     add("--max_new_tokens", type=int, default=128)
-    add("--kv_cache", choices=["bf16", "int8"], default="bf16")
+    add("--kv_cache", choices=KV_CACHES, default="bf16")
     add("--compile", action=argparse.BooleanOptionalAction, default=True)
     add("--compile_mode", default="reduce-overhead", choices=COMPILE_MODES)
     add("--repeats", type=int, default=3, help="turns; a figure is their median")

@@ -30,7 +30,7 @@ from engine import (
 from errors import UserError, check_outputs, progress, write_json
 from generate import add_model_arguments, load
 from measure import device_name, peak_memory, reset_peak_memory, spread, step_bytes
-from model import CONFIGS, Transformer
+from model import CONFIGS, KV_CACHES, Transformer
 
 GREEDY = Sampling(temperature=0)
 WARM_STEPS = 3  # of every timed run, on top of the warm-up that compiles
@@ -231,7 +231,7 @@ def parse_args(kind: str, argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add_model_arguments(parser)
     add("--random_weights", choices=list(CONFIGS), metavar="NAME", help="true shapes, no files")
-    add("--kv_cache", choices=["bf16", "int8"], default="bf16")
+    add("--kv_cache", choices=KV_CACHES, default="bf16")
     if kind != "latency":  # whose policies say it
         add("--compile", action=argparse.BooleanOptionalAction, default=True)
     add("--compile_mode", default="reduce-overhead", choices=COMPILE_MODES)

@@ -31,7 +31,7 @@ class InputStatistics:
         hessian: [K, K], the mean of x x^T. The squared output error of a weight error D [N, K],
             summed over the rows, is tr(D hessian D^T) per token.
         mean_abs, max_abs: [K], of |x|.
-        sample: [S, K], at most SAMPLE of the inputs, drawn at random.
+        sample: [S, K], at most SAMPLE of the inputs: some of each batch, most of the latest.
         tokens: how many were seen.
     """
 

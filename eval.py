@@ -27,8 +27,9 @@ from calibration import BUNDLED
 from checkpoint import load_model, open_checkpoint
 from engine import configure_compiler
 from errors import UserError, check_outputs, cli, progress, write_json
-from generate import PRECISIONS, add_model_arguments, load, open_tokenizer
-from model import Transformer
+from generate import add_model_arguments, load, open_tokenizer
+from model import KV_CACHES, Transformer
+from modes import FLOAT_MODES
 from scorer import ROWS, Scorer
 from tokenizer import Tokenizer
 
@@ -190,7 +191,7 @@ def parse_args() -> argparse.Namespace:
     add("--num_fewshot", type=int, help="examples in the context of a task; default: the task's")
     add("--batch_size", type=int, default=8, help="sequences that run together in tasks")
     add("--max_length", type=int, help="context in tasks, in tokens; default: the model's")
-    add("--kv_cache", choices=["bf16", "int8"], default="bf16")
+    add("--kv_cache", choices=KV_CACHES, default="bf16")
     add("--compile", action="store_true", help="compile the forward pass")
     add("--json", type=Path, help="write the figures here")
     return parser.parse_args()
@@ -202,7 +203,7 @@ def run_perplexity(model: Transformer, tokenizer: Tokenizer, args: argparse.Name
     reference = None
     if args.reference:
         source = open_checkpoint(args.reference)
-        reference = load_model(source, args.device, PRECISIONS.get(args.precision))
+        reference = load_model(source, args.device, FLOAT_MODES.get(args.precision))
     score = perplexity(
         model, ids, seq_length=args.seq_length, limit=args.limit, reference=reference,
         kv_cache=args.kv_cache, compiled=args.compile, rows=args.rows, report=progress,

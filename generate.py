@@ -32,7 +32,7 @@ from errors import (
 from kernels import native
 from kernels.choice import KERNELS
 from measure import device_name, peak_memory, read_bandwidth, spread, step_bytes, weight_bytes
-from model import CONFIGS, Transformer
+from model import CONFIGS, KV_CACHES, Transformer
 from modes import FLOAT_MODES, Mode, head_mode, parse_mode
 from package import Package
 from prompts import encode_prompt, open_tokenizer, read_prompts
@@ -41,17 +41,16 @@ from random_weights import random_model
 from speculative import SpeculativeEngine
 
 DRAFT_K, LOOKUP_K = 5, 7
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which model runs and where; eval.py and bench.py share them."""
+    """The flags that say which model runs and where; eval.py and scripts/export.py share them."""
     add = parser.add_argument
     add("--checkpoint_path", type=Path, help="a file of quantize.py or a Hugging Face directory; "
         "default: the default model")  # fmt: skip
     add("--quantization", metavar="MODE", help="quantize on load (modes that need no calibration)")
     add("--groupsize", type=int, help="with --quantization; default: the format's")
-    add("--precision", choices=PRECISIONS, help="of the activations; default: the checkpoint's")
+    add("--precision", choices=FLOAT_MODES, help="of the activations; default: the checkpoint's")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--threads", type=int, help="CPU threads; default: torch's, one per core")
     add("--kernels", choices=KERNELS, default="auto", help="auto: ours, C++ on the CPU and Triton "
@@ -63,7 +62,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def asked_for(args: argparse.Namespace) -> tuple[torch.dtype | None, Mode | None]:
     """The dtype and the quantization on load of the shared flags; None: as the checkpoint is."""
-    dtype = PRECISIONS.get(args.precision)
+    dtype = FLOAT_MODES.get(args.precision)
     if not args.quantization:
         if args.groupsize is not None:
             raise UserError("--groupsize is of --quantization: a checkpoint has its own")
@@ -246,7 +245,7 @@ def parse_args() -> argparse.Namespace:
     add("--speculate_k", type=int, metavar="K",
         help=f"guesses a round; default: {DRAFT_K} of a draft, {LOOKUP_K} looked up")  # fmt: skip
     add("--profile", type=Path, help="write a Chrome trace of one sample's decoding here")
-    add("--kv_cache", choices=["bf16", "int8"], default="bf16")
+    add("--kv_cache", choices=KV_CACHES, default="bf16")
     add("--cache_size", type=int, help="cache slots; default: prompt + new tokens (chat: 2048)")
     add("--random_weights", choices=list(CONFIGS), metavar="NAME",
         help=f"true shapes, random weights, no files: {', '.join(CONFIGS)}")  # fmt: skip

@@ -49,6 +49,9 @@ def quantize_(
 ) -> nn.Module:
     """Quantize, in place, every nn.Linear of any model, except those whose name `skip` picks.
 
+    The model has to call its layers: one that reads their `weight` itself cannot be quantized. The
+    float modes convert all of it.
+
     Args:
         mode: as on the command line, "int4-gptq" for example.
         inputs: argument tuples for model(*args), run once through the unquantized model to
@@ -366,7 +369,7 @@ def main() -> None:
         report = {
             "mode": str(mode), "groupsize": mode.groupsize, "algorithm": job.header["algorithm"],
             "weight_bytes": size, "source_weight_bytes": source_size, "seconds": seconds,
-            "peak_memory_bytes": peak_memory("cpu"),
+            "peak_memory_bytes": peak_memory(args.device),
             "output": str(output), "layers": layers,
         }  # fmt: skip
         write_json(args.json, report)

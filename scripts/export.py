@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine import Engine, Sampling, configure_compiler
 from errors import UserError, check_outputs, cli, progress
 from generate import add_model_arguments, load
-from model import CONFIGS
+from model import CONFIGS, KV_CACHES
 from package import write_package
 
 
@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     add("--output", type=Path, default=Path("model.pt2"), metavar="FILE.pt2", help="file to write")
     add("--batch_size", type=int, default=1, help="sequences that run together")
     add("--cache_size", type=int, default=2048, help="cache slots: prompt and new tokens together")
-    add("--kv_cache", choices=["bf16", "int8"], default="bf16")
+    add("--kv_cache", choices=KV_CACHES, default="bf16")
     return parser.parse_args()
 
 

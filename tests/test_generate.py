@@ -14,7 +14,7 @@ import generate
 from checkpoint import open_checkpoint
 from engine import Result
 from errors import cli
-from modes import parse_mode
+from modes import FLOAT_MODES, parse_mode
 from quantize import CheckpointQuantizer
 
 KEYS = {
@@ -191,7 +191,7 @@ def test_a_float_mode_is_the_dtype(run, tiny, tmp_path, monkeypatch, name):
     flags = ["--checkpoint_path", tiny, "--precision", name, "--quantization", name]
     assert run(*flags, "--prompt", "5", "--max_new_tokens", 3, "--json", out)[0] == 0
     assert json.loads(out.read_text())["mode"] == name
-    assert dtypes == [generate.PRECISIONS[name]]
+    assert dtypes == [FLOAT_MODES[name]]
 
 
 def test_mode_of_a_file_run_in_another_precision(run, tiny, tmp_path):
