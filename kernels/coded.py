@@ -228,6 +228,8 @@ class IntegerProduct:
     codes to integers of 8 bits, and `tile_scales` takes those to the weight.
     """
 
+    planes = False
+
     def make_integer_tiles(self, scales: Tensor, groupsize: int) -> None:
         """Tiles of `weight` and the groups' scales [N, G]: bf16, or fp16 with `tile_scales`."""
         self.tile_groupsize = min(groupsize, -(-self.in_features // 32) * 32)

@@ -26,12 +26,7 @@ static void quantized(const Linear& a, int64_t tile, int64_t m0, const uint8_t* 
     int64_t b = g * per_group;
     for (int64_t k0 = begin; k0 < end; k0 += a.block, b++) {
       vi dots[M][T][kParts];
-      UNROLL
-      for (int m = 0; m < M; m++)
-        UNROLL
-        for (int t = 0; t < T; t++)
-          UNROLL
-          for (int p = 0; p < kParts; p++) dots[m][t][p] = splat(a.offset[b * a.m + m0 + m]);
+      start_dots(a, b, m0, dots);
       const int64_t k1 = min(k0 + a.block, end);
       auto step = [&](int64_t k, const vi (&q)[T][kParts]) __attribute__((always_inline)) {
         UNROLL

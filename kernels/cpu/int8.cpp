@@ -133,12 +133,7 @@ static void quantized(const Linear& a, int64_t tile, int64_t m0) {
   const int8_t *xq = a.xq + m0 * a.kpad, *low = xq + a.m * a.kpad;
   for (int64_t b = 0; b < a.blocks; b++) {
     vi dots[M][T][kParts], tops[M][T][kParts] = {};
-    UNROLL
-    for (int m = 0; m < M; m++)
-      UNROLL
-      for (int t = 0; t < T; t++)
-        UNROLL
-        for (int p = 0; p < kParts; p++) dots[m][t][p] = splat(a.offset[b * a.m + m0 + m]);
+    start_dots(a, b, m0, dots);
     int64_t end = min((b + 1) * a.block, a.kpad);
     _Pragma("GCC unroll 4")
     for (int64_t k = b * a.block; k < end; k += 4) {

@@ -41,6 +41,17 @@ constexpr int kTiles = kLanes == 16 ? 2 : 1;  // tiles and rows of x whose sums 
 constexpr int kRows = kLanes == 16 ? 6 : 2;
 constexpr int kExactRows = kLanes == 16 ? 4 : 2;
 
+// The integer sums of block b at their start: what the weight's zero code takes from each row of x.
+template <int M, int T>
+INLINE void start_dots(const Linear& a, int64_t b, int64_t m0, vi (&dots)[M][T][kParts]) {
+  UNROLL
+  for (int m = 0; m < M; m++)
+    UNROLL
+    for (int t = 0; t < T; t++)
+      UNROLL
+      for (int p = 0; p < kParts; p++) dots[m][t][p] = splat(a.offset[b * a.m + m0 + m]);
+}
+
 template <int N>
 struct Int {
   static constexpr int value = N;

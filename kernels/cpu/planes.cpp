@@ -21,12 +21,7 @@ static void pairs(const Coded& c, int64_t tile, int64_t m0) {
     const int64_t end = min((g + 1) * a.group, a.kpad);
     for (int64_t k0 = g * a.group; k0 < end; k0 += a.block, b++) {
       vi dots[M][T][kParts], tops[M][T][kParts] = {};
-      UNROLL
-      for (int m = 0; m < M; m++)
-        UNROLL
-        for (int t = 0; t < T; t++)
-          UNROLL
-          for (int p = 0; p < kParts; p++) dots[m][t][p] = splat(a.offset[b * a.m + m0 + m]);
+      start_dots(a, b, m0, dots);
       const int64_t k1 = min(k0 + a.block, end);
       for (int64_t k = k0; k < k1; k += kBlock) {
         const uint32_t* block = first.codes + k / kBlock * Bits * 16;
