@@ -1,8 +1,8 @@
 // y = x W^T with w = (q - 8) s + z: 4-bit codes in tiles, a bf16 scale and zero per row and group.
 //
 // Tile t holds output rows 16 t .. 16 t + 15, group after group: for each 8 columns 64 bytes (byte
-// 4 r + i of row r: column i in the low nibble, column 4 + i in the high one), then the 16 scales
-// and the 16 zeros of the group. One stream of memory, and the form that the VNNI product takes.
+// 4 r + i of row r: column i in the low nibble, column 4 + i in the high one), then each row's scale
+// and zero of the group. One stream of memory, and the form that the VNNI product takes.
 // With x ~ xs * xq in blocks that divide a group,
 //   sum x w = sum over groups of s * (sum over blocks of xs * (xq . q - 8 sum xq)) + z * sum x
 #include "level.h"
@@ -12,12 +12,17 @@ namespace CPU_LEVEL {
 INLINE vi low_nibbles(vi v) { return v & 0x0f0f0f0f; }
 INLINE vi high_nibbles(vi v) { return (v >> 4) & 0x0f0f0f0f; }
 
+// The scales and the zeros of part p of a tile's rows.
+INLINE vf scales(const uint8_t* params, int p) { return bf16_even(load<vu>(params + p * kLanes * 4)); }
+INLINE vf zeros(const uint8_t* params, int p) { return bf16_odd(load<vu>(params + p * kLanes * 4)); }
+
 // M rows of x against T tiles: int8 activations. `bytes`: null, or the tiles' codes unpacked.
 template <int M, int T, bool kUnpacked>
 static void quantized(const Linear& a, int64_t tile, int64_t m0, const uint8_t* bytes) {
   vf sums[M][T][kParts] = {};
   const uint8_t* w = (const uint8_t*)a.w + tile * int4_tile_bytes(a);
   const int64_t stride = int4_tile_bytes(a), per_group = a.group / a.block;
+  const int64_t ahead = M == kRows && m0 ? 0 : T * stride;  // bytes; many rows ask for them once
   const int8_t* xq = a.xq + m0 * a.kpad;
   for (int64_t g = 0; g < a.groups; g++) {
     const int64_t begin = g * a.group, end = min(begin + a.group, a.kpad);
@@ -60,7 +65,7 @@ static void quantized(const Linear& a, int64_t tile, int64_t m0, const uint8_t* 
             for (int p = 0; p < kParts; p++) {
               const uint8_t* line = codes + t * stride + (k - begin) * 8;
               vi v = load<vi>(line + p * kLanes * 4);
-              if (M < kRows && p == 0) prefetch(line + T * stride);
+              if (p == 0) prefetch(line + ahead);
               low[t][p] = low_nibbles(v);
               high[t][p] = high_nibbles(v);
             }
@@ -74,7 +79,8 @@ static void quantized(const Linear& a, int64_t tile, int64_t m0, const uint8_t* 
       for (int t = 0; t < T; t++)
         UNROLL
         for (int p = 0; p < kParts; p++) {
-          vf scale = bf16_load(late + t * stride + p * kLanes * 2);
+          if (p == 0) prefetch(late + t * stride + ahead);
+          vf scale = scales(late + t * stride, p);
           UNROLL
           for (int m = 0; m < M; m++)
             sums[m][t][p] += to_float(dots[m][t][p]) * (scale * a.xs[b * a.m + m0 + m]);
@@ -84,7 +90,7 @@ static void quantized(const Linear& a, int64_t tile, int64_t m0, const uint8_t* 
     for (int t = 0; t < T; t++)
       UNROLL
       for (int p = 0; p < kParts; p++) {
-        vf zero = bf16_load(params + t * stride + 32 + p * kLanes * 2);
+        vf zero = zeros(params + t * stride, p);
         UNROLL
         for (int m = 0; m < M; m++) sums[m][t][p] += zero * a.group_sum[g * a.m + m0 + m];
       }
@@ -137,8 +143,8 @@ static void exact(const Linear& a, int64_t tile, int64_t m0) {
     for (int t = 0; t < T; t++)
       UNROLL
       for (int p = 0; p < kParts; p++) {
-        vf scale = bf16_load(params + t * stride + p * kLanes * 2);
-        vf zero = bf16_load(params + t * stride + 32 + p * kLanes * 2);
+        vf scale = scales(params + t * stride, p), zero = zeros(params + t * stride, p);
+        if (p == 0) prefetch(params + (t + T) * stride);
         UNROLL
         for (int m = 0; m < M; m++)
           sums[m][t][p] += scale * (dots[m][t][p] + more[m][t][p]) +
@@ -191,7 +197,7 @@ void int4_panel(const Linear& a, int64_t tile, int64_t k0, int64_t k1, float* ou
     const uint8_t* codes = (const uint8_t*)a.w + tile * int4_tile_bytes(a) + begin * 8 + g * kInt4Params;
     const uint8_t* params = codes + (end - begin) * 8;
     for (int p = 0; p < kParts; p++) {
-      vf scale = bf16_load(params + p * kLanes * 2), zero = bf16_load(params + 32 + p * kLanes * 2);
+      vf scale = scales(params, p), zero = zeros(params, p);
       vi v = load<vi>(codes + (k - begin) * 8 + p * kLanes * 4);
       UNROLL
       for (int i = 0; i < 8; i++)

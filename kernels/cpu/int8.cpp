@@ -130,6 +130,7 @@ template <int M, int T, bool kPairs>
 static void quantized(const Linear& a, int64_t tile, int64_t m0) {
   vf sums[M][T][kParts] = {};
   const uint8_t* w = (const uint8_t*)a.w + tile * a.kpad * 16;
+  const int64_t ahead = M == kRows && m0 ? 0 : T;  // tiles; many rows ask for them once
   const int8_t *xq = a.xq + m0 * a.kpad, *low = xq + a.m * a.kpad;
   for (int64_t b = 0; b < a.blocks; b++) {
     vi dots[M][T][kParts], tops[M][T][kParts] = {};
@@ -143,7 +144,7 @@ static void quantized(const Linear& a, int64_t tile, int64_t m0) {
         UNROLL
         for (int p = 0; p < kParts; p++) {
           wv[t][p] = load<vi>(w + (t * a.kpad + k) * 16 + p * kLanes * 4);
-          if (M < kRows && p == 0) prefetch(w + ((t + T) * a.kpad + k) * 16);
+          if (p == 0) prefetch(w + ((t + ahead) * a.kpad + k) * 16);
         }
       UNROLL
       for (int m = 0; m < M; m++) {

@@ -170,8 +170,8 @@ Tensor int4_repack(const Tensor& codes, const Tensor& scales, const Tensor& zero
         for (int64_t g = 0; g < groups; g++) {
           int64_t columns = std::min((g + 1) * group, div_up(k, 8) * 8);
           auto* params = reinterpret_cast<uint16_t*>(tile + (columns / 8 + g) * 64);
-          params[r] = sp[row * groups + g];
-          params[16 + r] = zp[row * groups + g];
+          params[2 * r] = sp[row * groups + g];
+          params[2 * r + 1] = zp[row * groups + g];
         }
       }
     }
