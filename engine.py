@@ -17,7 +17,7 @@ from torch import Tensor
 
 from errors import UserError
 from kernels import native
-from kernels.decode import MOST_ROWS
+from kernels.decode import decode_greedy
 from model import Transformer
 
 BUCKETS = (64, 128, 256, 512)  # a prompt runs in chunks of these sizes, padded on the right
@@ -92,6 +92,13 @@ def greedy(logits: Tensor) -> Tensor:
     ids = torch.arange(size, dtype=torch.int32, device=logits.device)
     largest = logits == logits.amax(-1, keepdim=True)
     return torch.where(largest, ids, size - 1).amin(-1).long()
+
+
+def greedy_step(model: Transformer, tokens: Tensor, start: Tensor) -> Tensor:
+    """The likeliest token after each of `tokens` [B, T] at positions from start [B]: [B, T]."""
+    if model.fused(tokens.numel()):
+        return decode_greedy(model.plan, tokens, model.tok_embeddings.weight, start)
+    return greedy(model(tokens, start).flatten(0, 1)).view(tokens.shape)
 
 
 def draw(p: Tensor, u: Tensor) -> Tensor:
@@ -227,13 +234,15 @@ class Engine:
         On so few rows that the model is one operator there is nothing to fuse, and Dynamo's guards
         and wrappers would add 5% to a step of 4.5 ms.
         """
-        if self.compile_mode is None or (self.model.plan is not None and rows <= MOST_ROWS):
+        if self.compile_mode is None or self.model.fused(rows):
             return step
         self.compiled.append(name)
         return torch.compile(step, mode=self.compile_mode, fullgraph=True, dynamic=False)
 
     def _decode_step(self, token: Tensor, start: Tensor, u: Tensor) -> Tensor:
         """token [B, 1] at positions start [B] -> the next token [B, 1]."""
+        if self.sampling.temperature == 0:
+            return greedy_step(self.model, token, start)
         logits = self.model(token, start)[:, -1]  # [B, V]
         return sample(logits, u, self.sampling)[:, None]
 

@@ -299,6 +299,10 @@ class Transformer(nn.Module):
         """
         self.plan = plan_decode(self)
 
+    def fused(self, rows: int) -> bool:
+        """Whether so many rows (B T) run as one operator."""
+        return self.plan is not None and rows <= MOST_ROWS
+
     def __deepcopy__(self, memo: dict) -> "Transformer":
         """A copy that is not fused: the plan knows the tensors of this model alone."""
         other = memo[id(self)] = self.__class__.__new__(self.__class__)
@@ -322,7 +326,7 @@ class Transformer(nn.Module):
         Returns:
             [B, T, V] in the model's dtype, or [B, 1, V] with `last`.
         """
-        if self.plan is not None and tokens.numel() <= MOST_ROWS:
+        if self.fused(tokens.numel()):
             return decode(self.plan, tokens, self.tok_embeddings.weight, start, last)
         position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # [B, T]
         cos, sin = self.rope(position)

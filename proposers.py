@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine import Engine, Sampling, draw, greedy, probabilities
+from engine import Engine, Sampling, draw, greedy_step, probabilities
 from model import Transformer
 
 NGRAMS = (3, 2)  # lengths of the endings that prompt lookup looks for, the longest first
@@ -81,15 +81,12 @@ class Draft:
         self.engine = Engine(model, sampling, spare=k, **engine)
         self.step = self.engine.compile("step", self._step, 2)
 
-    def _step(self, tokens: Tensor, start: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [1, T] at positions start [1] -> the next token [1, 1] and its distribution [V].
-
-        A greedy draft gives its logits instead, which nobody reads.
-        """
-        logits = self.engine.model(tokens, start)[:, -1]
+    def _step(self, tokens: Tensor, start: Tensor, u: Tensor) -> tuple[Tensor, Tensor | None]:
+        """tokens [1, T] at positions start [1] -> the next token [1, 1] and what it was drawn from:
+        [V], or None of a greedy draft."""
         if self.sampling.temperature == 0:
-            return greedy(logits)[:, None], logits[0]
-        q = distribution(logits, self.sampling)
+            return greedy_step(self.engine.model, tokens, start)[:, -1:], None
+        q = distribution(self.engine.model(tokens, start)[:, -1], self.sampling)
         return draw(q, u), q[0]
 
     def begin(self, prompt: list[int], first: int) -> None:
@@ -112,13 +109,13 @@ class Draft:
             token, p = self.step(token, start, u[i])
             token = token.clone()  # a replayed CUDA graph writes over its last output
             guesses.append(token[0])
-            q.append(p.clone() if self.sampling.temperature else p)
+            if p is not None:
+                q.append(p.clone())
             start = start + (2 if i == 0 else 1)
         self.history, self.filled = history, len(history)
         missing = [torch.zeros_like(guesses[0])] * (self.k - count)
-        if self.sampling.temperature == 0:
-            return torch.cat([*guesses, *missing]), None, count
-        return torch.cat([*guesses, *missing]), torch.stack([*q, *[q[0]] * (self.k - count)]), count
+        q = torch.stack([*q, *[q[0]] * (self.k - count)]) if q else None
+        return torch.cat([*guesses, *missing]), q, count
 
     def warm_up(self, prompt_tokens: int) -> None:
         """The draft's prefill, and both of its steps."""

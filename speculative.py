@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import Clock, Engine, Rows, Sampling, draw, sample
+from engine import Clock, Engine, Rows, Sampling, draw, greedy_step, sample
 from errors import UserError
 from model import Transformer
 from proposers import Draft, PromptLookup, Proposer, distribution
@@ -164,6 +164,9 @@ class SpeculativeEngine(Engine):
         self, tokens: Tensor, start: Tensor, count: Tensor, u: Tensor, q: Tensor | None
     ) -> Tensor:
         """tokens [1, k + 1] at positions start [1] -> as `accept_equal`; u [k + 2]."""
+        if self.sampling.temperature == 0:
+            own = greedy_step(self.model, tokens, start)[0]
+            return accept_equal(tokens[0, 1:], count, own)
         logits = self.model(tokens, start)[0]  # [k + 1, V]
         if q is None:
             own = sample(logits, u[: self.k + 1], self.sampling)

@@ -50,3 +50,11 @@ def decode(
 ) -> Tensor:
     """As `Transformer.forward`, for B T <= MOST_ROWS tokens; `embedding` is the table [V, C]."""
     return torch.ops.flatllama.decode(plan, tokens, embedding, start, last)
+
+
+def decode_greedy(plan: Tensor, tokens: Tensor, embedding: Tensor, start: Tensor) -> Tensor:
+    """The first of the largest logits of each row of `decode`: int64 [B, T].
+
+    Each thread looks through the logits that it has just made.
+    """
+    return torch.ops.flatllama.decode_greedy(plan, tokens, embedding, start)

@@ -233,6 +233,7 @@ def _register_fakes() -> None:
         "decode": lambda handle, tokens, embedding, start, last: embedding.new_empty(
             (tokens.shape[0], tokens.shape[1] if last is None else 1, embedding.shape[0])
         ),
+        "decode_greedy": lambda handle, tokens, embedding, start: tokens.new_empty(tokens.shape),
         "rms_norm": lambda x, weight, eps: x.new_empty(x.shape),
         "silu_mul": lambda x: rows(x, x.shape[-1] // 2),
         "rotate": lambda x, cos, sin: x.new_empty(x.shape),

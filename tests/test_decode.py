@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from engine import Engine, Sampling, compiled_graphs
+from engine import Engine, Sampling, compiled_graphs, greedy_step
 from kernels.decode import decode
 from kernels.formats import FORMATS
 from model import CONFIGS, Transformer
@@ -96,6 +96,29 @@ def test_numbers_of_threads(threads, batch, tokens, filled):
     torch.set_num_threads(threads)
     try:
         compare(make_model(ODD, None, torch.float32), 2e-5, "bf16", batch, tokens, filled)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_token_is_the_first_of_the_largest(dtype, threads):
+    """However the vocabulary is shared out, to more threads than it has units too."""
+    model = make_model(ODD, None, dtype)
+    tokens = torch.randint(0, ODD.vocab_size, (2, 3))
+    start = torch.zeros(2, dtype=torch.int64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for equal in (1, 2, ODD.vocab_size):  # so many rows of the head are the same
+            weight = model.output.weight.data
+            weight[:] = weight[: ODD.vocab_size // equal].repeat(equal, 1)[: ODD.vocab_size]
+            model.setup_cache(2, 16)
+            model.fuse()
+            with torch.inference_mode():
+                logits, ids = model(tokens, start), greedy_step(model, tokens, start)
+            assert torch.equal(ids, (logits == logits.amax(-1, keepdim=True)).int().argmax(-1))
+            assert ids.max() < ODD.vocab_size // equal
     finally:
         torch.set_num_threads(before)
 

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "ops.h"
+#include "choose.h"
 
 using at::Tensor;
 
@@ -86,31 +86,6 @@ Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   return y;
 }
 
-// Bits of a floating-point number as an integer of the same order.
-template <class T>
-T ordered(T bits) {
-  return bits < 0 ? bits ^ std::numeric_limits<T>::max() : bits;
-}
-
-template <class T>
-int64_t first_largest(const T* bits, int64_t n) {
-  constexpr int64_t kBlock = 256;
-  T most = std::numeric_limits<T>::min();
-  int64_t at = 0;
-  for (int64_t i = 0; i < n; i += kBlock) {
-    T here = std::numeric_limits<T>::min();
-    const int64_t end = std::min(i + kBlock, n);
-#pragma omp simd reduction(max : here)
-    for (int64_t j = i; j < end; j++) here = std::max(here, ordered(bits[j]));
-    if (here > most) {
-      most = here;
-      at = i;
-    }
-  }
-  while (ordered(bits[at]) != most) at++;
-  return at;
-}
-
 // The index of the first of the largest of each row: [B, V] -> int64 [B].
 Tensor greedy(const Tensor& logits) {
   check_cpu(logits, "logits");
@@ -118,14 +93,12 @@ Tensor greedy(const Tensor& logits) {
                     logits.sizes());
   const Tensor rows = logits.contiguous();
   const int64_t V = rows.size(1);
-  const bool wide = type_of(rows) == Type::fp32;
   Tensor ids = at::empty({rows.size(0)}, rows.options().dtype(at::kLong));
   int64_t* to = ids.mutable_data_ptr<int64_t>();
   at::parallel_for(0, rows.size(0), 1, [&](int64_t b, int64_t last) {
-    const void* from = rows.const_data_ptr();
+    const auto* from = static_cast<const char*>(rows.const_data_ptr());
     for (; b < last; b++)
-      to[b] = wide ? first_largest(static_cast<const int32_t*>(from) + b * V, V)
-                   : first_largest(static_cast<const int16_t*>(from) + b * V, V);
+      to[b] = first_largest(from + b * V * rows.element_size(), type_of(rows), V);
   });
   return ids;
 }

@@ -1,5 +1,5 @@
-// The Transformer on a few new tokens as one operator, from their ids to their logits: one parallel
-// region, in which the threads wait for each other only where one needs what another has written.
+// The Transformer on a few new tokens as one operator, from their ids to their logits, or to the
+// likeliest next ones: one parallel region, in which the threads wait for each other only where one needs what another has written.
 //
 //   x = embedding[token]
 //   x += wo(attention(rotate(wqkv(norm(x)))))      x += w2(silu(w1(norm(x))) * w3(norm(x)))
@@ -16,6 +16,7 @@
 #include <mutex>
 #include <set>
 
+#include "choose.h"
 #include "pieces.h"
 #include "product.h"
 
@@ -52,6 +53,7 @@ struct Step {
   int64_t size, B, T, M, own_bytes;  // bytes of a number; M = B T rows
   const int64_t* last;               // [B], the row of each sequence whose logits are wanted; or all
   char* logits;                      // [M or B, V]
+  int64_t* best;                     // [threads, M], each thread's first of the largest; or null
   char *x, *qkv, *heads, *projected, *middle, *gate_up, *hidden, *own;
   Pieces attention{};                // of a block whose caches are still to be set
 
@@ -161,7 +163,25 @@ struct Step {
       kernels().rms_norm(x + (last ? r * T + last[r] : r) * plan.C * size,
                          plan.norm.const_data_ptr(), type, 1, plan.C, plan.eps,
                          normed + r * plan.C * size);
-    multiply(plan.output, normed, rows, logits, rank, threads, [](int64_t, int64_t) {});
+    multiply(plan.output, normed, rows, logits, rank, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t r = 0; best && r < M; r++)
+        best[rank * M + r] = begin + first_largest(logit(r, begin), type, end - begin);
+    });
+  }
+
+  char* logit(int64_t r, int64_t i) const { return logits + (r * plan.output.c.a.n + i) * size; }
+
+  // The first of the largest logits of row r, once all threads have found theirs.
+  int64_t choose(int64_t r, int threads) const {
+    std::vector<int64_t> ids;
+    std::vector<char> values;
+    for (int i = 0; i < threads; i++) {
+      const int64_t id = best[i * M + r];
+      if (id < 0) continue;  // no columns
+      ids.push_back(id);
+      values.insert(values.end(), logit(r, id), logit(r, id) + size);
+    }
+    return ids[first_largest(values.data(), type, ids.size())];
   }
 
   const char* projection(int64_t b, int64_t t, int64_t head) const {
@@ -334,10 +354,11 @@ Tensor check_index(const Tensor& t, int64_t B, const char* name) {
   return t.contiguous();
 }
 
-// tokens [B, T] at positions start[b] .. -> logits [B, T, V], or [B, 1, V] of the rows `last`; and
-// the new keys and values into the caches.
-Tensor decode(const Tensor& handle, const Tensor& tokens, const Tensor& embedding,
-              const Tensor& start, OptTensor last) {
+// Runs tokens [B, T] at positions start[b] .., the new keys and values into the caches. Returns their
+// logits [B, T, V], or [B, 1, V] of the rows `last`; or, greedily, the ids int64 [B, T] of the first of
+// the largest.
+Tensor run(const Tensor& handle, const Tensor& tokens, const Tensor& embedding, const Tensor& start,
+           OptTensor last, bool greedy) {
   const Plan& plan = find_plan(handle);
   const int64_t V = plan.output.c.a.n;
   check_cpu(embedding, "the embedding");
@@ -358,10 +379,10 @@ Tensor decode(const Tensor& handle, const Tensor& tokens, const Tensor& embeddin
   }
 
   const int threads = at::get_num_threads();
-  Tensor out = at::empty({B, last ? 1 : T, V}, embedding.options());
+  Tensor logits = at::empty({B, last ? 1 : T, V}, embedding.options());
   Step s{plan, type_of(embedding), embedding.element_size(), B, T, M, plan.own_bytes(M)};
   s.last = last ? rows.const_data_ptr<int64_t>() : nullptr;
-  s.logits = static_cast<char*>(out.mutable_data_ptr());
+  s.logits = static_cast<char*>(logits.mutable_data_ptr());
   Pieces& p = s.attention = Pieces{B, T, plan.H, plan.Hkv, plan.D, plan.S, s.type};
   p.cache_scales(plan.blocks[0].k_scale, plan.blocks[0].v_scale);
   p.first = starts.const_data_ptr<int64_t>();
@@ -380,6 +401,8 @@ Tensor decode(const Tensor& handle, const Tensor& tokens, const Tensor& embeddin
   for (int i = 0; i < 7; i++) *places[i] = scratch.take<char>(M * sizes[i] * s.size);
   s.own = scratch.take<char>(threads * s.own_bytes);
   p.y = s.heads;
+  std::vector<int64_t> best(greedy ? threads * M : 0, -1);
+  s.best = greedy ? best.data() : nullptr;
   for (int64_t m = 0; m < M; m++) {
     const int64_t id = ids.const_data_ptr<int64_t>()[m];
     TORCH_CHECK_INDEX(id >= 0 && id < V, "token ", id, " is outside the vocabulary of ", V);
@@ -393,7 +416,20 @@ Tensor decode(const Tensor& handle, const Tensor& tokens, const Tensor& embeddin
       s.run(plan.blocks[i], plan.blocks[std::min(i + 1, plan.blocks.size() - 1)], rank, count);
     s.head(rank, count);
   }
-  return out;
+  if (!greedy) return logits;
+  Tensor chosen = at::empty({B, T}, tokens.options());
+  for (int64_t r = 0; r < M; r++) chosen.mutable_data_ptr<int64_t>()[r] = s.choose(r, threads);
+  return chosen;
+}
+
+Tensor decode(const Tensor& handle, const Tensor& tokens, const Tensor& embedding,
+              const Tensor& start, OptTensor last) {
+  return run(handle, tokens, embedding, start, last, false);
+}
+
+Tensor decode_greedy(const Tensor& handle, const Tensor& tokens, const Tensor& embedding,
+                     const Tensor& start) {
+  return run(handle, tokens, embedding, start, std::nullopt, true);
 }
 
 }  // namespace
@@ -405,9 +441,11 @@ TORCH_LIBRARY_FRAGMENT(flatllama, m) {
   // The handle stands for the caches, which the call writes.
   m.def("decode(Tensor(a!) handle, Tensor tokens, Tensor embedding, Tensor start, Tensor? last) "
         "-> Tensor");
+  m.def("decode_greedy(Tensor(a!) handle, Tensor tokens, Tensor embedding, Tensor start) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(flatllama, CPU, m) {
   m.impl("plan_decode", plan_decode);
   m.impl("decode", decode);
+  m.impl("decode_greedy", decode_greedy);
 }
