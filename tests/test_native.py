@@ -93,12 +93,17 @@ def test_more_rows_than_pass_at_a_time(level):
     close(y, x.double() @ q.double().T, x.dtype)
 
 
-def rounded(x, block):
-    """x rounded to int8 in blocks of columns, as the kernels round it. fp64."""
+def rounded(x, block, fused):
+    """x rounded to int8 in blocks of columns, as the kernels round it. fp64.
+
+    fused: the product with the inverse scale is rounded to an integer at once, not to fp32 first.
+    """
     parts = []
     for part in x.float().split(block, dim=-1):
         scale = part.abs().amax(-1, keepdim=True) / 127
-        parts.append(torch.round(part / torch.where(scale > 0, scale, 1)).double() * scale)
+        inverse = 1 / torch.where(scale > 0, scale, 1)
+        product = part.double() * inverse.double()
+        parts.append(torch.round(product if fused else product.float()).double() * scale)
     return torch.cat(parts, -1)
 
 
@@ -137,7 +142,7 @@ def test_int4_linear(level, m, groupsize):
         want = x.double() @ w.T + bias.double()
         close(ops.int4_linear(x, tiles, bias, n, k, groupsize, True), want, dtype)
         block = next(b for b in range(min(groupsize, 64), 0, -8) if groupsize % b == 0)
-        want = rounded(x, block) @ w.T + bias.double()
+        want = rounded(x, block, level != "portable") @ w.T + bias.double()
         close(ops.int4_linear(x, tiles, bias, n, k, groupsize, False), want, dtype)
 
 
