@@ -13,14 +13,55 @@
 #include <omp.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <mutex>
 #include <set>
+#include <thread>
 
 #include "choose.h"
 #include "pieces.h"
 #include "product.h"
 
 namespace {
+
+void ask(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64)
+    __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
+}
+
+// Where threads wait for each other. Meanwhile each asks for the memory that it reads next, which
+// would stand still otherwise: the waits are a tenth of a small model's step.
+class Meeting {
+ public:
+  void wait(int threads, const void* next, int64_t bytes) {
+    constexpr int64_t kMost = 16 << 10, kAtOnce = 256;  // bytes; those who still work read too
+    constexpr int kPatience = 1 << 14;                  // from then on others may have the core
+    const auto* p = static_cast<const char*>(next);
+    const char* end = p + std::min(bytes, kMost);
+    const unsigned round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (int i = 0; round_.load(std::memory_order_acquire) == round; i++) {
+      if (p < end) {
+        ask(p, kAtOnce);
+        p += kAtOnce;
+      } else if (i > kPatience) {
+        std::this_thread::yield();
+      } else {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+      }
+    }
+  }
+
+ private:
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<unsigned> round_{0};
+};
 
 struct Block {
   Tensor norm1, norm2, k_cache, v_cache, k_scale, v_scale;  // no scales: a cache of x's dtype
@@ -56,18 +97,17 @@ struct Step {
   int64_t* best;                     // [threads, M], each thread's first of the largest; or null
   char *x, *qkv, *heads, *projected, *middle, *gate_up, *hidden, *own;
   Pieces attention{};                // of a block whose caches are still to be set
+  Meeting* meeting;
 
   // This thread's normed rows, and its room for the form its products take them in.
   char* rows_of(int rank) const { return own + rank * own_bytes; }
   char* forms_of(int rank) const { return rows_of(rank) + Scratch::round_up(M * plan.C * 4); }
 
-  // Asks for the first lines of what is read next, which then come while the threads wait for each
-  // other; the hardware goes on by itself.
-  static void ask(const void* p) {
-    for (int64_t i = 0; i < 8; i++) __builtin_prefetch(static_cast<const char*>(p) + i * 64, 0, 2);
-  }
-  static void ask(const Product& p, int64_t unit) {
-    ask(static_cast<const char*>(p.c.a.w) + unit * p.unit_bytes());
+  // Waits for the other threads, to go on with its share of units [0, units) of a product.
+  void meet(int rank, int threads, const Product& next, int64_t units) const {
+    const int64_t first = units * rank / threads, last = units * (rank + 1) / threads;
+    meeting->wait(threads, static_cast<const char*>(next.c.a.w) + first * next.unit_bytes(),
+                  (last - first) * next.unit_bytes());
   }
 
   // This thread's columns of a product of m rows, and then work(first column, last column).
@@ -80,8 +120,9 @@ struct Step {
     work(first * p.unit(), std::min(last * p.unit(), p.c.a.n));
   }
 
-  // What thread `rank` of `threads` does in a block: x [M, C] in place.
-  void run(const Block& block, const Block& next, int rank, int threads) const {
+  // What thread `rank` of `threads` does in a block: x [M, C] in place. Then come a norm and a product.
+  void run(const Block& block, const Tensor& norm, const Product& next, int rank,
+           int threads) const {
     const Plan& s = plan;
     char* normed = rows_of(rank);
     Pieces pieces = attention;
@@ -107,28 +148,24 @@ struct Step {
 
     kernels().rms_norm(x, block.norm1.const_data_ptr(), type, M, s.C, s.eps, normed);
     product(block.wqkv, normed, qkv, nothing);
-#pragma omp barrier
+    meet(rank, threads, block.wo, block.wo.units());
     auto queries = [&](auto... where) { rotated_queries(pieces, where...); };
     auto fill = [&](auto... where) { fill_slots(block, pieces, where...); };
     share(pieces.count, [&](int64_t i) { pieces.run(i, rank, queries, fill); });
-    ask(block.wo, block.wo.units() * rank / threads);
-#pragma omp barrier
+    meet(rank, threads, block.wo, block.wo.units());
     if (pieces.merges()) {
       share(pieces.merges(), [&](int64_t r) { pieces.merge(r); });
-#pragma omp barrier
+      meet(rank, threads, block.wo, block.wo.units());
     }
+    ask(block.norm2.const_data_ptr(), block.norm2.nbytes());
     product(block.wo, heads, projected, add(x, projected, middle));
-    ask(block.norm2.const_data_ptr());
-    ask(block.w13, s.F / block.w13.unit() * rank / threads);
-#pragma omp barrier
+    meet(rank, threads, block.w13, s.F / block.w13.unit());
     kernels().rms_norm(middle, block.norm2.const_data_ptr(), type, M, s.C, s.eps, normed);
     gated(block.w13, normed, rank, threads);
-    ask(block.w2, block.w2.units() * rank / threads);
-#pragma omp barrier
+    meet(rank, threads, block.w2, block.w2.units());
+    ask(norm.const_data_ptr(), norm.nbytes());
     product(block.w2, hidden, projected, add(middle, projected, x));
-    ask(next.norm1.const_data_ptr());
-    ask(next.wqkv, next.wqkv.units() * rank / threads);
-#pragma omp barrier
+    meet(rank, threads, next, next.units());
   }
 
   // hidden = silu(gate) * up. A thread makes the gate's and up's numbers of the same columns and
@@ -143,7 +180,7 @@ struct Step {
     };
     if (F % p.unit()) {
       multiply(p, from, M, gate_up, rank, threads, [](int64_t, int64_t) {});
-#pragma omp barrier
+      meet(rank, threads, p, 0);
       silu(F * rank / threads, F * (rank + 1) / threads);
       return;
     }
@@ -401,6 +438,8 @@ Tensor run(const Tensor& handle, const Tensor& tokens, const Tensor& embedding, 
   for (int i = 0; i < 7; i++) *places[i] = scratch.take<char>(M * sizes[i] * s.size);
   s.own = scratch.take<char>(threads * s.own_bytes);
   p.y = s.heads;
+  Meeting meeting;
+  s.meeting = &meeting;
   std::vector<int64_t> best(greedy ? threads * M : 0, -1);
   s.best = greedy ? best.data() : nullptr;
   for (int64_t m = 0; m < M; m++) {
@@ -412,8 +451,11 @@ Tensor run(const Tensor& handle, const Tensor& tokens, const Tensor& embedding, 
 #pragma omp parallel num_threads(threads)
   {
     const int rank = omp_get_thread_num(), count = omp_get_num_threads();
-    for (size_t i = 0; i < plan.blocks.size(); i++)
-      s.run(plan.blocks[i], plan.blocks[std::min(i + 1, plan.blocks.size() - 1)], rank, count);
+    for (size_t i = 0; i < plan.blocks.size(); i++) {
+      const Block* next = i + 1 < plan.blocks.size() ? &plan.blocks[i + 1] : nullptr;
+      s.run(plan.blocks[i], next ? next->norm1 : plan.norm, next ? next->wqkv : plan.output, rank,
+            count);
+    }
     s.head(rank, count);
   }
   if (!greedy) return logits;
