@@ -8,9 +8,10 @@ floats for fpx and float8, the learned numbers of a codebook.
 
 One C++ product serves all of them (cpu/coded.cpp). Its tiles are the canonical rows, 16 at a time,
 their 32-bit words interleaved: 32 columns of a row are n words, so each vector lane walks the
-stream of its own row. Integers are laid out in bit planes instead, from which AVX-512 multiplies
-four columns in one instruction (cpu/planes.cpp). Few rows of x stream the codes and widen them in
-registers; many rows widen a panel of the weight at a time. The whole weight is never dequantized.
+stream of its own row. Integers and floats of less than 8 bits are laid out in bit planes instead,
+from which four columns are taken at once: by VNNI in AVX-512 (integers, cpu/planes.cpp), by AMX
+(floats, cpu/amx_few.cpp). Few rows of x stream the codes and widen them in registers; many rows
+widen a panel of the weight at a time. The whole weight is never dequantized.
 """
 
 import torch
@@ -42,7 +43,7 @@ def stream_tiles(packed: Tensor, words: int) -> Tensor:
 
 
 def plane_tiles(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Packed integers [N, C] of K < 8 `bits` as bit planes: int32 [ceil(N / 16), W, 16].
+    """Packed codes [N, C] of K < 8 `bits` as bit planes: int32 [ceil(N / 16), W, 16].
 
     32 columns are `bits` lines of 64 bytes: 4 with the codes' lowest 4 bits, 2 with the next 2, 1
     with the next, as `bits` is a sum of these. Byte 4 r + i of a line is of row r and of columns
@@ -77,7 +78,7 @@ class CodedLinear(QuantizedLinear):
     bits: int
     has_zeros = False
     exponent_bits = 0  # of codes that are small floats: sign, exponent, mantissa
-    planes = False  # whether tiles are bit planes; the codes stand for neighbouring integers
+    planes = False  # whether tiles are bit planes, of neighbouring integers or of small floats
     activations = 0  # quantized by the product: one of activations.py's ways, or not
     groupsizes = (32, 64, 128, 256)
 

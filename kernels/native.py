@@ -34,7 +34,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx512"] = [*LEVELS["avx2"], *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni"))]
     LEVELS["avx512bf16"] = [*LEVELS["avx512"], "-mavx512bf16"]
     LEVELS["amx"] = [*LEVELS["avx512bf16"], "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
-FILES = {"avx512bf16": ("float", "level"), "amx": ("amx", "level")}  # the rest: of levels below
+# What these levels have of their own, and `amx*` nobody else; the rest is of the levels below.
+FILES = {"avx512bf16": ("float", "level"), "amx": ("amx", "amx_few", "level")}
 FLAGS = ["-std=c++20", "-fPIC", "-fopenmp", "-w"]
 
 _loaded: bool | None = None  # None: not tried yet
@@ -137,7 +138,8 @@ def _jobs(compiler: str, folder: Path) -> list[tuple[list[str], Path]]:
         variants = [
             ["-O3", *flags, f"-DCPU_LEVEL={level}"]
             for level, flags in LEVELS.items()
-            if source.stem in FILES.get(level, ()) or (level not in FILES and source.stem != "amx")
+            if source.stem in FILES.get(level, ())
+            or (level not in FILES and not source.stem.startswith("amx"))
         ]
         for flags in [torch_flags] if source.stem.endswith("_ops") else variants:
             command = [compiler, *FLAGS, *flags, "-c", source.name]

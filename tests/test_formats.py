@@ -12,7 +12,7 @@ from gptq import gptq
 from kernels import native
 from kernels.activations import int8_asymmetric
 from kernels.formats import FORMATS
-from kernels.fpx import float_values
+from kernels.fpx import FLOAT_FORMATS, float_values
 from kernels.packing import packed_size
 from model import ModelConfig
 from modes import parse_mode
@@ -117,6 +117,26 @@ def test_integers_in_planes(name, groupsize):
         for rows in (1, 2, 5, 16):
             x = torch.randn(rows, k).bfloat16()
             want = module.rounded_input(x) @ weight.t()
+            assert (module(x) - want).norm() / want.norm() < 2**-8, (k, n, rows)
+
+
+@pytest.mark.parametrize("common", [True, False])
+@pytest.mark.parametrize("name", ["float8", "float8dq-row", *(f.name for f in FLOAT_FORMATS)])
+def test_small_floats_meet_few_rows(name, common, exact):
+    """On AMX a product of its own. Common codes; or all, many of them subnormal."""
+    generator = torch.Generator().manual_seed(1)
+    for k, n in ((203, 50), (64, 16), (30, 33), (576, 96)):
+        module, grid, codes, params = quantized(name, random_weight(n, k), torch.randn(n))
+        if not common:
+            codes = torch.randint(grid.max_code + 1, (n, k), generator=generator)
+            codes = (codes >> 2 * torch.randint(2, (n, k), generator=generator)).to(torch.uint8)
+            codes |= torch.randint(2, (n, k), generator=generator).to(torch.uint8) * grid.sign_code
+            module = FORMATS[name].from_codes(codes, params, torch.randn(n), torch.bfloat16)
+        weight, bias = module.dequantize().double(), module.bias.double()
+        module.repack()
+        for rows in (1, 2, 5, 16):
+            x = torch.randn(rows, k, generator=generator).bfloat16()
+            want = module.rounded_input(x) @ weight.t() + bias
             assert (module(x) - want).norm() / want.norm() < 2**-8, (k, n, rows)
 
 

@@ -4,9 +4,8 @@
 //   the rest      x bf16, weights widened to bf16 or, where its 8 bits do not hold them, to the sum
 //                 of two bf16 numbers, whose 16 bits are more than the result's rounding shows
 //
-// 32 rows of x meet 32 outputs: two tiles of x (4, 5), two of the weight (6, 7), four of sums
-// (0 .. 3). In assembly, for the compilers' own functions do not say which memory they touch.
-#include "level.h"
+// 32 rows of x meet 32 outputs: two tiles of x, two of the weight, four of sums.
+#include "amx.h"
 
 namespace avx512 {
 extern const Kernels kernels;
@@ -17,29 +16,8 @@ decltype(CPU_LEVEL::coded_widen) coded_widen;
 
 namespace CPU_LEVEL {
 
-#define TILE_LOAD(t, p, stride) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(p), "r"(int64_t(stride)) : "memory")
-#define TILE_STORE(t, p, stride) \
-  asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(p), "r"(int64_t(stride)) : "memory")
-#define TILE_ZERO(t) asm volatile("tilezero %%tmm" #t ::: "memory")
-#define TILE_DOT(op, c, a, b) \
-  asm volatile(op " %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::: "memory")
-
 constexpr int64_t kSide = 16, kWidth = 2 * kSide;  // rows of a tile; outputs at a time
 constexpr int64_t kStepBytes = 64;                 // of a row of x: 32 bf16 or 64 int8 columns
-
-// All tiles at their largest, while this lives.
-struct Tiles {
-  Tiles() {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    asm volatile("ldtilecfg (%0)" ::"r"(&config) : "memory");
-  }
-  ~Tiles() { asm volatile("tilerelease" ::: "memory"); }
-};
 
 enum class Weight { bytes, bf16, two_bf16 };  // bytes: unsigned, times signed ones of x
 

@@ -16,11 +16,13 @@ using OptTensor = const std::optional<Tensor>&;
 Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& scales,
                      OptTensor zeros, OptTensor positions, const Tensor& table, int64_t bits,
                      int64_t group, int64_t exponent_bits, bool planes);
-// Whether few rows of x meet an n-bit weight in pairs of int8; activations: the modes of round_rows.
-bool in_pairs(const Coded& c, int64_t activations, bool exact);
+// How few rows of x meet an n-bit weight: in fp32, in pairs of int8, or in bf16.
+enum class Meets { fp32, pairs, bf16 };
+Meets how_meets(const Coded& c, int64_t activations, bool exact);  // activations: as in round_rows
+void coded_product(const Coded& c, Meets how, int64_t tile0, int64_t tile1);
 // x [m, k] in the form of the n-bit products, in scratch of coded_bytes.
 int64_t coded_bytes(const Linear& a);
-void read_coded(Coded& c, const void* x, int64_t activations, bool pairs, char* scratch);
+void read_coded(Coded& c, const void* x, int64_t activations, Meets how, char* scratch);
 
 namespace {
 

@@ -1,7 +1,8 @@
 // y = x W^T with n-bit codes, w = (value(code) - zero) * scale: integers, small floats, a codebook.
 //
 // Tile t holds output rows 16 t .. 16 t + 15; 32 columns are n words of 32 bits per row, word by
-// word for the 16 rows: each vector lane walks the bit stream of its row, or its planes (coded.h).
+// word for the 16 rows: each vector lane walks the bit stream of its row, if codes have 4 or 8 bits,
+// or its planes (coded.h).
 // 32 columns at a time are widened into a block of fp32 that stays in the nearest cache, and every
 // row of x meets it there.
 // With zeros, sum x w = scale * (sum x value - zero * sum x) over each group.
@@ -9,16 +10,21 @@
 
 namespace CPU_LEVEL {
 
-// Code `i` of a block, part p of its 16 rows, its lowest bit at bit `to`; around it anything.
+// The bits of v, moved from bit `from` to bit `to`.
+INLINE vu moved(vu v, int from, int to) {
+  return to == from ? v : to < from ? v >> (from - to) : v << (to - from);
+}
+
+// 4-bit code `i` of a stream, part p of its 16 rows, in the lowest bits; above it anything.
+template <int i>
+INLINE vu nibble(const uint32_t* words, int p) {
+  return moved(load<vu>(words + i / 8 * 16 + p * kLanes), i % 8 * 4, 0);
+}
+
+// Code `i` of a block in bytes or planes, its lowest bit at bit `to`; around it anything.
 template <int Bits, int i>
-INLINE vu code(const uint32_t* words, int p, int to = 0) {
-  constexpr int word = i * Bits / 32, shift = i * Bits % 32;
-  vu v = load<vu>(words + word * 16 + p * kLanes);
-  if constexpr (shift + Bits > 32) {
-    v = v >> shift | load<vu>(words + (word + 1) * 16 + p * kLanes) << (32 - shift);
-    return v << to;
-  }
-  return to == shift ? v : to < shift ? v >> (shift - to) : v << (to - shift);
+INLINE vu code(const uint32_t* words, int p, int to) {
+  return moved(four_codes<Bits, i / 4>(words, p), i % 4 * 8, to);
 }
 
 INLINE vf smaller(vf a, vf b) {
@@ -29,7 +35,7 @@ INLINE vf smaller(vf a, vf b) {
 #endif
 }
 
-enum Kind { kInteger, kPlanes, kFloat, kTable };
+enum Kind { kInteger, kPlanes, kFloat, kTable };  // integers of 4 bits, of planes; ...
 
 // What a code of `Bits` bits stands for; of a small float, 1 sign, E exponent, M mantissa bits.
 // All constants are held here so that they stay in registers: stores of values could change `c`.
@@ -43,14 +49,10 @@ struct Value {
   static constexpr bool kLookup = kind == kTable;
   vf low, high;
 #endif
-  static constexpr int M = Bits - 1 - E, kBase = (127 >> E) << E;
-  // What small floats are still to be multiplied with: their exponents got kBase, not 127 - bias.
-  static constexpr int kBias = (1 << (E > 0 ? E - 1 : 0)) - 1;
+  static constexpr int M = Bits - 1 - E;
   static constexpr float factor() {
-    float f = 1;
-    if (kind == kFloat && !kLookup)
-      for (int i = 0; i < 127 - kBase - kBias; i++) f *= 2;
-    return f;
+    if constexpr (kind == kFloat && !kLookup) return SmallFloat<E>::kFactor;
+    return 1;
   }
   float base, from;
   const float* table;
@@ -87,23 +89,22 @@ struct Value {
   // For all others that is larger than n, so the smaller of the two is right.
   template <int i>
   INLINE vf small_float(const uint32_t* words, int p) const {
-    constexpr uint32_t mask = ((1u << (E + M)) - 1) << (23 - M);
-    vf n = (vf)blend(code<Bits, i>(words, p, 23 - M), mask, vu{} + (uint32_t(kBase) << 23));
-    n = smaller(n, n * 2.0f - (vf)(vu{} + (uint32_t(kBase + 1) << 23)));
+    constexpr uint32_t mask = ((1u << (E + M)) - 1) << (23 - M), kBase = SmallFloat<E>::kBase;
+    vf n = (vf)blend(code<Bits, i>(words, p, 23 - M), mask, vu{} + (kBase << 23));
+    n = smaller(n, n * 2.0f - (vf)(vu{} + ((kBase + 1) << 23)));
     return (vf)blend(code<Bits, i>(words, p, 32 - Bits), 0x80000000u, (vu)n);
   }
 
   // Of code `i` of a block, part p of its rows.
   template <int i>
   INLINE vf at(const uint32_t* words, int p) const {
-    if constexpr (kind == kPlanes) {
-      const vu v = four_codes<Bits, i / 4>(words, p) >> (i % 4 * 8);
-      if constexpr (kLookup) return lookup(v);
-      return (vf)blend(v, 255, vu{} + 0x4b000000u) - from;  // the last bits of 2^23 + code
-    }
-    else if constexpr (kLookup) return lookup(code<Bits, i>(words, p));
+    constexpr bool stream = kind == kTable || kind == kInteger;
+    if constexpr (stream && kLookup) return lookup(nibble<i>(words, p));
+    else if constexpr (stream) return to_float((vi)(nibble<i>(words, p) & 15)) + base;
+    else if constexpr (kLookup) return lookup(code<Bits, i>(words, p, 0));
     else if constexpr (kind == kFloat) return small_float<i>(words, p);
-    else return to_float((vi)(code<Bits, i>(words, p) & ((1u << Bits) - 1))) + base;
+    else  // the last bits of 2^23 + code
+      return (vf)blend(code<Bits, i>(words, p, 0), 255, vu{} + 0x4b000000u) - from;
   }
 };
 
@@ -140,7 +141,6 @@ INLINE void add_to(float* sums, int p, vf a, vf b, vf c, vf d) {
 // by side in the lanes of 16 bits, so the lanes of an accumulator alternate between two columns.
 template <int E>
 INLINE void dot_float8(const uint32_t* words, const float* x, float* sums) {
-  using Small = Value<kFloat, 8, E>;
   const __m512i mask = _mm512_set1_epi16(int16_t(0x8000 | 0x7F00 >> (5 - E)));
   __m512 acc[2][2] = {};  // [columns 0 and 2, 1 and 3][rows 0 to 7, 8 to 15]
   UNROLL
@@ -162,8 +162,8 @@ INLINE void dot_float8(const uint32_t* words, const float* x, float* sums) {
   const __m512i first = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512 even = _mm512_permutex2var_ps(low, first, high);
   const __m512 odd = _mm512_permutex2var_ps(low, _mm512_add_epi32(first, _mm512_set1_epi32(1)), high);
-  constexpr float power = float(1 << (15 - Small::kBias));
-  store(sums, load<vf>(sums) + (vf)(even + odd) * (power / Small::factor()));
+  constexpr float power = float(1 << (15 - SmallFloat<E>::kBias));
+  store(sums, load<vf>(sums) + (vf)(even + odd) * (power / SmallFloat<E>::kFactor));
 }
 #endif
 
@@ -251,7 +251,7 @@ static Decoder choose(const Coded& c) {
       {kSmallFloat<4, 1>, kSmallFloat<4, 2>, kSmallFloat<4, 3>, none, none},
       {kSmallFloat<5, 1>, kSmallFloat<5, 2>, none, none, none}};
   if (c.exponent_bits) return floats[c.exponent_bits - 2][c.bits - c.exponent_bits - 2];
-  return c.planes ? planes[c.bits - 1] : kDecoder<kTable, 4>;
+  return c.integers ? planes[c.bits - 1] : kDecoder<kTable, 4>;
 }
 
 static void decode(const Coded& c, const Decoder& f, const Tile& tile, int64_t block, float* out) {

@@ -1,6 +1,6 @@
 // What the products of n-bit codes share: where a tile's parts lie, and codes out of bit planes.
 //
-// Integers of n < 8 bits lie in planes: 32 columns of 16 rows are n lines of 64 bytes, 4 of them
+// Integers and small floats of n < 8 bits lie in planes: 32 columns of 16 rows are n lines of 64 bytes, 4 of them
 // with the codes' lowest 4 bits, 2 with the next 2, 1 with the next, as n is a sum of these. Byte
 // 4 r + i of a line belongs to row r and the columns i, 4 + i, 8 + i ...: as many as it has room
 // for, the first one lowest. So shifts by constants bring four columns of all rows into the form of
@@ -43,9 +43,18 @@ INLINE vu with_plane(const uint32_t* block, int p, vu c) {
 // Columns 4 step .. 4 step + 3 of a block, part p of the 16 rows, a code in each byte.
 template <int Bits, int step>
 INLINE vu four_codes(const uint32_t* block, int p) {
+  if constexpr (Bits == 8) return load<vu>(block + step * 16 + p * kLanes);
   const vu low = with_plane<Bits, 4, step>(block, p, vu{});
   return with_plane<Bits, 1, step>(block, p, with_plane<Bits, 2, step>(block, p, low));
 }
+
+// Small floats of E exponent bits become fp32 or bf16 by their bits' places, with exponents that are
+// too small by a power of two: the product is to be multiplied with that.
+template <int E>
+struct SmallFloat {
+  static constexpr int kBias = (1 << (E - 1)) - 1, kBase = (127 >> E) << E;  // of 8 bits, E are free
+  static constexpr float kFactor = float(int64_t(1) << (127 - kBase - kBias));
+};
 
 // Where a tile's parts lie.
 struct Tile {

@@ -40,19 +40,32 @@ Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& s
   const auto* values =
       static_cast<const float*>(data(table, at::kFloat, int64_t(1) << bits, "table"));
   for (int i = 0; i < 32; i++) c.table[i] = values[i % (1 << bits)];
-  c.planes = planes;
+  c.integers = planes && !exponent_bits;
   TORCH_CHECK_VALUE(planes || exponent_bits || bits == 4, "a free table has 16 values");
-  bool integers = bits < 8 && !exponent_bits && !positions;
-  for (int i = 0; i < 1 << bits; i++) integers &= values[i] == values[0] + float(i);
-  TORCH_CHECK_VALUE(integers || !planes, "planes are of integers");
-  a.block = planes && a.group % kPairBlock && a.groups > 1 ? 32 : kPairBlock;
+  TORCH_CHECK_VALUE(!exponent_bits || planes == (bits < 8), "small floats of less than 8 bits, and no "
+                    "others, lie in planes");
+  bool even = bits < 8 && !positions;
+  for (int i = 0; i < 1 << bits; i++) even &= values[i] == values[0] + float(i);
+  TORCH_CHECK_VALUE(even || !c.integers, "planes are of integers or small floats");
+  a.block = c.integers && a.group % kPairBlock && a.groups > 1 ? 32 : kPairBlock;
   a.blocks = div_up(a.kpad, a.block);
   return c;
 }
 
-bool in_pairs(const Coded& c, int64_t activations, bool exact) {
-  return c.planes && kernels().plane_pairs &&
-         (activations == 1 || (!activations && in_pairs(c.a.type, exact)));
+Meets how_meets(const Coded& c, int64_t activations, bool exact) {
+  if (c.integers && kernels().plane_pairs &&
+      (activations == 1 || (!activations && in_pairs(c.a.type, exact))))
+    return Meets::pairs;
+  if (c.exponent_bits && !c.zeros && c.a.groups == 1 && kernels().half_tiles && (activations || c.a.type == Type::bf16))
+    return Meets::bf16;  // rounded x is of bf16 numbers: e4m3, or integers up to 255
+  return Meets::fp32;
+}
+
+void coded_product(const Coded& c, Meets how, int64_t tile0, int64_t tile1) {
+  const Kernels& k = kernels();
+  (how == Meets::pairs  ? k.plane_pairs
+   : how == Meets::bf16 ? k.half_tiles
+                        : k.coded_tiles)(c, tile0, tile1);
 }
 
 int64_t coded_bytes(const Linear& a) {
@@ -61,7 +74,25 @@ int64_t coded_bytes(const Linear& a) {
          Scratch::round_up(a.m * a.groups * 4);
 }
 
-void read_coded(Coded& c, const void* x, int64_t activations, bool pairs, char* scratch) {
+// Rows of bf16 numbers [m, k], in bf16 or as the upper halves of fp32, to bf16 [m, kpad] with zeros
+// after their end; of each four columns the middle two are swapped.
+template <class T>
+void swap_middles(const T* from, int64_t m, int64_t k, int64_t kpad, uint16_t* to) {
+  constexpr int kShift = 8 * sizeof(T) - 16;
+  for (int64_t r = 0; r < m; r++, from += k, to += kpad) {
+    int64_t i = 0;
+    for (; i + 4 <= k; i += 4) {
+      to[i] = from[i] >> kShift;
+      to[i + 1] = from[i + 2] >> kShift;
+      to[i + 2] = from[i + 1] >> kShift;
+      to[i + 3] = from[i + 3] >> kShift;
+    }
+    memset(to + i, 0, (kpad - i) * 2);
+    for (; i < k; i++) to[i + (i % 4 == 1) - (i % 4 == 2)] = from[i] >> kShift;
+  }
+}
+
+void read_coded(Coded& c, const void* x, int64_t activations, Meets how, char* scratch) {
   Linear& a = c.a;
   auto take = [&](int64_t bytes) {
     char* p = scratch;
@@ -71,17 +102,27 @@ void read_coded(Coded& c, const void* x, int64_t activations, bool pairs, char* 
   float* wide = reinterpret_cast<float*>(take(a.m * a.kpad * 4));
   float* sums = c.zeros ? reinterpret_cast<float*>(take(a.m * a.groups * 4)) : nullptr;
   a.x = wide;
-  if (activations || !pairs) kernels().widen_rows(x, a.type, a.m, a.k, a.kpad, false, wide);
+  if (activations || how == Meets::fp32)
+    kernels().widen_rows(x, a.type, a.m, a.k, a.kpad, false, wide);
   if (activations) {
     float* scales = reinterpret_cast<float*>(take(a.m * 4));
     kernels().round_rows(wide, a.m, a.k, a.kpad, int(activations), scales);
     a.xs = scales;
   }
-  if (!pairs) {
+  if (how == Meets::fp32) {
     if (sums) sum_groups(a, sums);
     return;
   }
-  Quantized q{reinterpret_cast<int8_t*>(take(a.m * a.kpad * 2)),
+  char* narrow = take(a.m * a.kpad * 2);
+  if (how == Meets::bf16) {
+    auto* to = reinterpret_cast<uint16_t*>(narrow);
+    const auto* bits = reinterpret_cast<const uint32_t*>(wide);
+    if (activations) swap_middles(bits, a.m, a.kpad, a.kpad, to);
+    else swap_middles(static_cast<const uint16_t*>(x), a.m, a.k, a.kpad, to);
+    a.x = reinterpret_cast<const float*>(to);
+    return;
+  }
+  Quantized q{reinterpret_cast<int8_t*>(narrow),
               reinterpret_cast<float*>(take(a.m * a.blocks * 4)),
               reinterpret_cast<int32_t*>(take(a.m * a.blocks * 4)), sums, int32_t(-c.table[0]),
               Rounding::pairs};
@@ -131,12 +172,11 @@ Tensor coded_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, 
   Linear& a = c.a;
   const char* from = static_cast<const char*>(call.x.const_data_ptr());
   if (a.m <= kFewRows) {  // stream the codes, each thread its tiles
-    const bool pairs = in_pairs(c, activations, exact);
+    const Meets how = how_meets(c, activations, exact);
     Scratch scratch(coded_bytes(a));
-    read_coded(c, from, activations, pairs, scratch.take<char>(coded_bytes(a)));
-    const auto tiles_of = pairs ? kernels().plane_pairs : kernels().coded_tiles;
+    read_coded(c, from, activations, how, scratch.take<char>(coded_bytes(a)));
     call.over_tiles((positions ? 3 : bits) * a.kpad * 2,
-                    [&](int64_t i, int64_t j) { tiles_of(c, i, j); });
+                    [&](int64_t i, int64_t j) { coded_product(c, how, i, j); });
     return call.y;
   }
   if (!activations && call.has_bf16_panels()) {

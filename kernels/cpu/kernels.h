@@ -71,7 +71,7 @@ struct Coded {
   const uint8_t* zeros;         // [tiles, groups, 16] or null
   float table[32];              // value of the code's low 5 bits
   int bits, exponent_bits;      // exponent_bits > 0: codes are small floats
-  bool planes;                  // of codes in bit planes (coded.h); then value = code + table[0]
+  bool integers;                // in bit planes (coded.h): value = code + table[0]
   Type scale_type;
 };
 
@@ -101,6 +101,9 @@ struct Kernels {
   void (*coded_tiles)(const Coded&, int64_t tile0, int64_t tile1);
   // of planes, x in pairs of int8; null where coded_tiles is as fast
   void (*plane_pairs)(const Coded&, int64_t tile0, int64_t tile1);
+  // of small floats, a group a row, x [m, kpad] in bf16, of each four columns the middle two swapped;
+  // null where there is no AMX
+  void (*half_tiles)(const Coded&, int64_t tile0, int64_t tile1);
   // fp32 weights of whole blocks of 32 columns k0 .. k1, column k of row r of tile t at
   // out[(k - k0) * stride + 16 (t - tile0) + r]
   void (*coded_widen)(const Coded&, int64_t tile0, int64_t tile1, int64_t k0, int64_t k1,

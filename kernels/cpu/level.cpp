@@ -20,6 +20,7 @@ static Kernels with_products() {
 #if defined(__AMX_TILE__)
   all.int8_tiles = int8_tiles;
   all.bf16_panels = bf16_panels;
+  all.half_tiles = half_tiles;
 #endif
   return all;
 }
@@ -42,6 +43,7 @@ extern const Kernels kernels{
     .round_rows = round_rows,
     .coded_tiles = coded_tiles,
     .plane_pairs = kLanes == 16 ? plane_pairs : nullptr,
+    .half_tiles = nullptr,
     .coded_widen = coded_widen,
     .attend = attend,
     .merge = merge,

@@ -21,6 +21,7 @@ void bf16_panels(const Coded&, Format, int64_t panel0, int64_t panel1);
 void round_rows(float* x, int64_t m, int64_t k, int64_t kpad, int mode, float* scales);
 void coded_tiles(const Coded&, int64_t tile0, int64_t tile1);
 void plane_pairs(const Coded&, int64_t tile0, int64_t tile1);
+void half_tiles(const Coded&, int64_t tile0, int64_t tile1);
 void coded_widen(const Coded&, int64_t tile0, int64_t tile1, int64_t k0, int64_t k1, int64_t stride,
                  float* out);
 void attend(const Attention&, int64_t begin, int64_t end);

@@ -101,9 +101,6 @@ struct Product {
     return kind == Kind::int8 ? !in_pairs(c.a.type, exact) : kind == Kind::int4 && exact;
   }
 
-  // Whether codes in planes meet pairs of int8.
-  bool pairs() const { return kind == Kind::coded && in_pairs(c, activations, exact); }
-
   // Output columns are handed out in units of so many.
   int64_t unit() const { return kind == Kind::rows ? 4 : 32; }
   int64_t units() const { return div_up(c.a.n, unit()); }
@@ -137,7 +134,7 @@ struct Product {
       x = scaled;
     }
     if (kind == Kind::coded) {
-      read_coded(own, x, activations, pairs(), scratch);
+      read_coded(own, x, activations, how_meets(c, activations, exact), scratch);
       return own;
     }
     float* wide = take(a.m * a.kpad);
@@ -171,7 +168,8 @@ struct Product {
     const Kernels& k = kernels();
     if (first >= last) return;
     if (kind == Kind::rows) k.float_rows(a, first * 4, std::min(last * 4, a.n));
-    else if (kind == Kind::coded) (pairs() ? k.plane_pairs : k.coded_tiles)(own, first * 2, end);
+    else if (kind == Kind::coded)
+      coded_product(own, how_meets(c, activations, exact), first * 2, end);
     else if (kind == Kind::int4dq) k.int4dq_tiles(a, first * 2, end);
     else if (kind == Kind::int4 && takes_fp32()) k.int4_exact(a, first * 2, end);
     else if (kind == Kind::int4) k.int4_tiles(a, first * 2, end, 0, a.m);

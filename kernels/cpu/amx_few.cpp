@@ -1,0 +1,148 @@
+// y = x W^T with small floats of 3 to 8 bits and up to 16 rows of x in bf16, on AMX.
+//
+// A vector of codes holds four columns of 16 rows in its bytes (coded.h). It becomes two of bf16, of
+// the even bytes and of the odd ones: two rows of AMX's B. So of each four columns of x the middle two
+// are swapped. While AMX multiplies kChunk columns of two tiles, the next ones are widened; one row
+// of x takes as long as 16.
+#include "amx.h"
+#include "coded.h"
+
+namespace CPU_LEVEL {
+
+// What codes of `Bits` bits, E of them exponent, stand for.
+template <int Bits, int E>
+struct Halves {
+  // Up to 6 bits a table has them, without their sign if they are 6. Of 7 and 8 bits the bits move to
+  // their places, and a table has the subnormals, which are rare.
+  static constexpr bool kTable = Bits <= 6;
+  static constexpr float kFactor = kTable ? 1 : SmallFloat<E>::kFactor;
+  static constexpr int kUp = kTable ? 0 : 8 - Bits;  // to the top of a byte
+  static constexpr int M = 7 - E;                    // mantissa bits that are then in it
+  __m512i table;
+
+  explicit Halves(const Coded& c) {
+    uint16_t values[32];
+    for (int i = 0; i < 32; i++) values[i] = to_bf16(c.table[i >> kUp] / kFactor);
+    table = _mm512_loadu_si512(values);
+  }
+
+  INLINE void widen(__m512i v, vu& even, vu& odd) const {
+    if constexpr (kTable) {
+      __m512i a = _mm512_permutexvar_epi16(v, table);  // the index is a lane's lowest 5 bits
+      __m512i b = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 8), table);
+      even = (vu)a;
+      odd = (vu)b;
+      if constexpr (Bits == 6) {
+        even = blend((vu)_mm512_slli_epi16(v, 10), 0x80008000u, even);
+        odd = blend((vu)_mm512_slli_epi16(v, 2), 0x80008000u, odd);
+      }
+    } else {
+      constexpr uint32_t mask = (0x8000 | 0x7f << (7 - M)) * 0x10001u;
+      constexpr uint32_t base = (SmallFloat<E>::kBase << 7) * 0x10001u;
+      constexpr int exponent = ((1 << E) - 1) << M;
+      v = _mm512_slli_epi32(v, kUp);
+      const __m512i low = _mm512_slli_epi16(v, 8);
+      even = blend((vu)_mm512_srai_epi16(low, M + 1), mask, vu{} + base);
+      odd = blend((vu)_mm512_srai_epi16(v, M + 1), mask, vu{} + base);
+      if (__builtin_expect(_mm512_testn_epi8_mask(v, _mm512_set1_epi8(exponent)), 0)) {
+        const __mmask32 first = _mm512_testn_epi16_mask(v, _mm512_set1_epi16(exponent));
+        const __mmask32 second = _mm512_testn_epi16_mask(v, _mm512_set1_epi16(exponent << 8));
+        even = subnormal(even, first, v);
+        odd = subnormal(odd, second, _mm512_srli_epi16(v, 8));
+      }
+    }
+  }
+
+  // In the lanes of `where`: the sign of `value` and the magnitude of mantissa v.
+  INLINE vu subnormal(vu value, __mmask32 where, __m512i v) const {
+    const vu magnitude = (vu)_mm512_permutexvar_epi16(v, table);
+    return (vu)_mm512_mask_mov_epi16((__m512i)value, where,
+                                     (__m512i)blend(value, 0x80008000u, magnitude));
+  }
+};
+
+constexpr int64_t kChunk = 2 * kBlock;      // columns that are widened at a time, of two tiles
+constexpr int64_t kBlockBytes = kBlock * 32;  // of a block of one tile, in bf16
+
+// Columns k0 .. k1 of `count` tiles: of each block the first tile, then the second.
+template <class Value, int Bits>
+INLINE void widen_chunk(const Value& value, const uint32_t* codes, int64_t stride, int64_t count,
+                        int64_t k0, int64_t k1, char* out) {
+  for (int64_t k = k0; k < k1; k += kBlock, out += 2 * kBlockBytes)
+    for (int64_t t = 0; t < count; t++) {
+      const uint32_t* block = codes + t * stride + k / kBlock * Bits * 16;
+      UNROLL
+      for (int line = 0; line < Bits; line++) prefetch(block + 2 * stride + line * 16);
+      unrolled<0, kBlock / 4>([&](auto step) __attribute__((always_inline)) {
+        char* to = out + t * kBlockBytes + step.value * 128;
+        vu even, odd;
+        value.widen((__m512i)four_codes<Bits, step.value>(block, 0), even, odd);
+        store(to, even);
+        store(to + 64, odd);
+      });
+    }
+}
+
+template <int Bits, int E>
+static void product(const Coded& c, int64_t t0, int64_t t1) {
+  using Value = Halves<Bits, E>;
+  const Linear& a = c.a;
+  const Value value(c);
+  const auto* x = (const uint16_t*)a.x;
+  const int64_t stride = a.kpad / kBlock * Bits * 16, x_stride = a.kpad * 2;
+  alignas(64) static thread_local char panels[2][4 * kBlockBytes];
+  alignas(64) float sums[2][2][kFewRows * 16];  // [tile][first block, second]
+  const Tiles tiles(a.m);
+  for (int64_t t = t0; t < t1; t += 2) {
+    const int64_t count = min(2, t1 - t);
+    const Tile first(c, t), last(c, t + count - 1);
+    auto widen = [&](int64_t k) __attribute__((always_inline)) {
+      widen_chunk<Value, Bits>(value, first.codes, stride, count, k, min(k + kChunk, a.kpad),
+                               panels[k / kChunk % 2]);
+    };
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    TILE_ZERO(2);
+    TILE_ZERO(3);
+    widen(0);
+    for (int64_t k = 0; k < a.kpad; k += kChunk) {
+      if (k + kChunk < a.kpad) widen(k + kChunk);
+      const char* panel = panels[k / kChunk % 2];
+      TILE_LOAD(4, x + k, x_stride);
+      TILE_LOAD(6, panel, 64);
+      TILE_LOAD(7, panel + kBlockBytes, 64);
+      TILE_DOT("tdpbf16ps", 0, 4, 6);
+      TILE_DOT("tdpbf16ps", 1, 4, 7);
+      if (k + kBlock == a.kpad) break;
+      TILE_LOAD(5, x + k + kBlock, x_stride);
+      TILE_LOAD(6, panel + 2 * kBlockBytes, 64);
+      TILE_LOAD(7, panel + 3 * kBlockBytes, 64);
+      TILE_DOT("tdpbf16ps", 2, 5, 6);
+      TILE_DOT("tdpbf16ps", 3, 5, 7);
+    }
+    TILE_STORE(0, sums[0][0], 64);
+    TILE_STORE(1, sums[1][0], 64);
+    TILE_STORE(2, sums[0][1], 64);
+    TILE_STORE(3, sums[1][1], 64);
+    for (int64_t i = 0; i < count; i++) {
+      const vf scale = (i ? last : first).scale(c, 0, 0) * Value::kFactor;
+      for (int64_t m = 0; m < a.m; m++) {
+        const vf sum = load<vf>(sums[i][0] + m * 16) + load<vf>(sums[i][1] + m * 16);
+        const vf line = sum * (a.xs ? scale * a.xs[m] : scale);
+        finish(a, m, (t + i) * 16, &line);
+      }
+    }
+  }
+}
+
+void half_tiles(const Coded& c, int64_t t0, int64_t t1) {
+  unrolled<3, 9>([&](auto bits) {
+    unrolled<2, 6>([&](auto e) {
+      if constexpr (e.value + 2 <= bits.value)
+        if (c.bits == bits.value && c.exponent_bits == e.value)
+          product<bits.value, e.value>(c, t0, t1);
+    });
+  });
+}
+
+}  // namespace CPU_LEVEL
