@@ -165,6 +165,22 @@ def test_weight_only_with_amx(amx_level):
                 close(y, want, x.dtype)
 
 
+@pytest.mark.parametrize("m", [4, 5, 11, 16])
+def test_few_rows_with_amx(amx_level, m):
+    """int8 in pairs and int4 in blocks, of every size of a block."""
+    for n, k in [(96, 576), (50, 1152), (16, 64), (130, 72), (33, 100)]:
+        x, bias, generator = make(m, n, k, torch.bfloat16)
+        q = torch.randint(-128, 128, (n, k), generator=generator, dtype=torch.int8)
+        scales = torch.rand(n, generator=generator)
+        want = x.double() @ (q.double() * scales.double()[:, None]).T + bias.double()
+        close(ops.int8_linear(x, ops.int8_repack(q), scales, bias, n, k), want, x.dtype)
+        for groupsize in (8, 32, 64, 72, 128, 2048):
+            tiles, w = int4_weight(n, k, groupsize, generator)
+            block = next(b for b in range(min(groupsize, 64), 0, -8) if groupsize % b == 0)
+            want = rounded(x, block, fused=True) @ w.T + bias.double()
+            close(ops.int4_linear(x, tiles, bias, n, k, groupsize, False), want, x.dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_int8dq_with_amx(amx_level, dtype):
     """The same integers as without it, so the same results to the bit; rows left over too."""

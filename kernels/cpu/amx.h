@@ -13,15 +13,16 @@ namespace CPU_LEVEL {
 #define TILE_DOT(op, c, a, b) \
   asm volatile(op " %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::: "memory")
 
-// The tiles, of 16 rows; those of sums and of x may have fewer. While this lives.
+// The tiles, while this lives: of so many rows of x, and of so many bytes of one of them at a time.
 struct Tiles {
-  explicit Tiles(int64_t rows_of_x = 16) {
+  explicit Tiles(int64_t rows = 16, int64_t bytes = 64) {
     struct alignas(64) {
       uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 0, 0, 64, 64};
       uint8_t rows[16] = {};
     } config;
-    for (int t = 0; t < 8; t++) config.rows[t] = t < 6 ? uint8_t(rows_of_x) : 16;
+    config.row_bytes[4] = config.row_bytes[5] = uint16_t(bytes);
+    for (int t = 0; t < 8; t++) config.rows[t] = uint8_t(t < 6 ? rows : bytes / 4);
     asm volatile("ldtilecfg (%0)" ::"r"(&config) : "memory");
   }
   ~Tiles() { asm volatile("tilerelease" ::: "memory"); }

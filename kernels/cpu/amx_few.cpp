@@ -1,13 +1,120 @@
-// y = x W^T with small floats of 3 to 8 bits and up to 16 rows of x in bf16, on AMX.
+// Up to 16 rows of x on AMX tiles, in about the time of one: the weight streams through once.
 //
-// A vector of codes holds four columns of 16 rows in its bytes (coded.h). It becomes two of bf16, of
-// the even bytes and of the odd ones: two rows of AMX's B. So of each four columns of x the middle two
-// are swapped. While AMX multiplies kChunk columns of two tiles, the next ones are widened; one row
-// of x takes as long as 16.
+//   int8          x in pairs of int8, codes as they lie: four columns of 16 rows are a row of AMX's B
+//   int4          x in blocks of int8, codes unpacked to bytes
+//   small floats  x in bf16. A vector of codes holds four columns of 16 rows in its bytes (coded.h); it
+//                 becomes two of bf16, of the even bytes and of the odd ones: two rows of AMX's B. So
+//                 of each four columns of x the middle two are swapped.
 #include "amx.h"
 #include "coded.h"
 
+namespace avx512 {
+extern const Kernels kernels;
+}
+
 namespace CPU_LEVEL {
+
+constexpr int64_t kFewest = 5;  // fewer rows of x meet integers through VNNI as fast
+
+// sums [16, 16] += the integers dots [m, 16], plus what block b's zero code takes, times its scales.
+INLINE void scale_block(const Linear& a, int64_t b, const int32_t (&dots)[2][256], bool pairs,
+                        vf scale, float* sums) {
+  for (int64_t m = 0; m < a.m; m++) {
+    vi whole = load<vi>(dots[0] + m * 16) + a.offset[b * a.m + m];
+    if (pairs) whole += load<vi>(dots[1] + m * 16) << 8;
+    store(sums + m * 16, load<vf>(sums + m * 16) + to_float(whole) * (scale * a.xs[b * a.m + m]));
+  }
+}
+
+INLINE void finish_tile(const Linear& a, int64_t tile, const float* sums) {
+  for (int64_t m = 0; m < a.m; m++) {
+    const vf line = load<vf>(sums + m * 16);
+    finish(a, m, tile * 16, &line);
+  }
+}
+
+void int8_pairs(const Linear& a, int64_t t0, int64_t t1) {
+  if (a.m < kFewest || a.kpad % kPairBlock) return avx512::kernels.int8_pairs(a, t0, t1);
+  constexpr int64_t kBytes = kPairBlock * 16;  // of a block of a tile
+  const int64_t stride = a.kpad * 16;
+  const int8_t *high = a.xq, *low = high + a.m * a.kpad;
+  alignas(64) int32_t dots[2][2][256];  // [tile][low, high]
+  alignas(64) float sums[2][256];
+  const Tiles tiles(a.m);
+  for (int64_t t = t0; t < t1; t += 2) {
+    const int64_t count = min(2, t1 - t);
+    memset(sums, 0, sizeof sums);
+    for (int64_t b = 0; b < a.blocks; b++) {
+      const char* w = (const char*)a.w + t * stride + b * kBytes;
+      for (int64_t i = 0; i < 2 * kBytes; i += 64) prefetch(w + (2 + i % 128 / 64) * stride + i / 2);
+      TILE_LOAD(4, low + b * kPairBlock, a.kpad);
+      TILE_LOAD(5, high + b * kPairBlock, a.kpad);
+      TILE_LOAD(6, w, 64);
+      TILE_LOAD(7, w + (count - 1) * stride, 64);
+      TILE_ZERO(0);
+      TILE_ZERO(1);
+      TILE_ZERO(2);
+      TILE_ZERO(3);
+      TILE_DOT("tdpbsud", 0, 4, 6);
+      TILE_DOT("tdpbsud", 1, 5, 6);
+      TILE_DOT("tdpbsud", 2, 4, 7);
+      TILE_DOT("tdpbsud", 3, 5, 7);
+      TILE_STORE(0, dots[0][0], 64);
+      TILE_STORE(1, dots[0][1], 64);
+      TILE_STORE(2, dots[1][0], 64);
+      TILE_STORE(3, dots[1][1], 64);
+      for (int i = 0; i < 2; i++) scale_block(a, b, dots[i], true, splat(1.0f), sums[i]);
+    }
+    for (int64_t i = 0; i < count; i++) finish_tile(a, t + i, sums[i]);
+  }
+}
+
+void int4_tiles(const Linear& a, int64_t t0, int64_t t1, int64_t m0, int64_t m1) {
+  if (a.m < kFewest || a.m > kFewRows || m0 || m1 < a.m || a.kpad % a.block)
+    return avx512::kernels.int4_tiles(a, t0, t1, m0, m1);
+  const int64_t stride = int4_tile_bytes(a);
+  alignas(64) static thread_local uint8_t codes[2][2][64 * 16];  // of two blocks, two tiles
+  alignas(64) int32_t dots[2][2][256];
+  alignas(64) float sums[2][256];
+  const Tiles tiles(a.m, a.block);
+  for (int64_t t = t0; t < t1; t += 2) {
+    const int64_t count = min(2, t1 - t);
+    memset(sums, 0, sizeof sums);
+    int64_t b = 0;
+    for (int64_t g = 0; g < a.groups; g++) {
+      const uint8_t* w = (const uint8_t*)a.w + t * stride + g * (a.group * 8 + kInt4Params);
+      const uint8_t* params = w + min(a.group, a.kpad - g * a.group) * 8;
+      for (; w < params; w += a.block * 8, b++) {
+        auto& bytes = codes[b % 2];
+        for (int64_t i = 0; i < count; i++)
+          for (int64_t line = 0; line < a.block * 8; line += 64) {
+            const vi v = load<vi>(w + i * stride + line);
+            prefetch(w + (i + 2) * stride + line);
+            store(bytes[i] + line * 2, v & 0x0f0f0f0f);
+            store(bytes[i] + line * 2 + 64, (v >> 4) & 0x0f0f0f0f);
+          }
+        TILE_LOAD(4, a.xq + b * a.block, a.kpad);
+        TILE_LOAD(6, bytes[0], 64);
+        TILE_LOAD(7, bytes[1], 64);
+        TILE_ZERO(0);
+        TILE_ZERO(1);
+        TILE_DOT("tdpbsud", 0, 4, 6);
+        TILE_DOT("tdpbsud", 1, 4, 7);
+        TILE_STORE(0, dots[0][0], 64);
+        TILE_STORE(1, dots[1][0], 64);
+        for (int64_t i = 0; i < count; i++)
+          scale_block(a, b, dots[i], false, bf16_even(load<vu>(params + i * stride)), sums[i]);
+      }
+      for (int64_t i = 0; i < count; i++) {
+        prefetch(params + (i + 2) * stride);
+        const vf zero = bf16_odd(load<vu>(params + i * stride));
+        for (int64_t m = 0; m < a.m; m++)
+          store(sums[i] + m * 16, load<vf>(sums[i] + m * 16) + zero * a.group_sum[g * a.m + m]);
+      }
+    }
+    for (int64_t i = 0; i < count; i++) finish_tile(a, t + i, sums[i]);
+  }
+}
 
 // What codes of `Bits` bits, E of them exponent, stand for.
 template <int Bits, int E>
@@ -128,9 +235,9 @@ static void product(const Coded& c, int64_t t0, int64_t t1) {
       const vf scale = (i ? last : first).scale(c, 0, 0) * Value::kFactor;
       for (int64_t m = 0; m < a.m; m++) {
         const vf sum = load<vf>(sums[i][0] + m * 16) + load<vf>(sums[i][1] + m * 16);
-        const vf line = sum * (a.xs ? scale * a.xs[m] : scale);
-        finish(a, m, (t + i) * 16, &line);
+        store(sums[i][0] + m * 16, sum * (a.xs ? scale * a.xs[m] : scale));
       }
+      finish_tile(a, t + i, sums[i][0]);
     }
   }
 }

@@ -19,6 +19,8 @@ static Kernels with_products() {
   all.float_rows = avx512bf16::float_rows;
 #if defined(__AMX_TILE__)
   all.int8_tiles = int8_tiles;
+  all.int8_pairs = int8_pairs;
+  all.int4_tiles = int4_tiles;
   all.bf16_panels = bf16_panels;
   all.half_tiles = half_tiles;
 #endif
