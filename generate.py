@@ -284,14 +284,16 @@ def run_samples(
 ) -> list[Result]:
     """Generate `num_samples` times, and trace the last where asked to.
 
-    Row 0 streams as it comes; several prompts are printed when all rows have ended.
+    Row 0 streams as it comes. Several prompts are printed when all rows have ended; so is what
+    follows a synthetic one, which is there to be timed.
     """
-    results = []
+    results, synthetic = [], not args.prompts and args.prompt.isdecimal()
     for i in range(args.num_samples):
         engine.cached = []  # each sample's time to first token includes its whole prefill
-        streamer = Streamer(tokenizer) if tokenizer and not args.prompts else None
+        streams = tokenizer and not args.prompts and not synthetic
+        streamer = Streamer(tokenizer) if streams else None
         if streamer:
-            print(texts[0] if not texts[0].isdecimal() else "", end="", flush=True)
+            print(texts[0], end="", flush=True)
         call = (prompts, args.max_new_tokens, eos, streamer)
         if args.profile and first_rank() and i == args.num_samples - 1:
             with torch.profiler.profile() as trace:
@@ -302,6 +304,8 @@ def run_samples(
             results.append(engine.generate(*call))
         if streamer:
             streamer.close()
+        elif synthetic and tokenizer:
+            print(tokenizer.decode(results[-1].token_ids[0]), flush=True)
         elif tokenizer:
             for text, ids in zip(texts, results[-1].token_ids, strict=True):
                 print(f"{text}{tokenizer.decode(ids)}\n", flush=True)
