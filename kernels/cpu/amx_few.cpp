@@ -46,7 +46,10 @@ void int8_pairs(const Linear& a, int64_t t0, int64_t t1) {
     memset(sums, 0, sizeof sums);
     for (int64_t b = 0; b < a.blocks; b++) {
       const char* w = (const char*)a.w + t * stride + b * kBytes;
-      for (int64_t i = 0; i < 2 * kBytes; i += 64) prefetch(w + (2 + i % 128 / 64) * stride + i / 2);
+      for (int64_t i = 0; i < kBytes; i += 64) {
+        prefetch(w + 2 * stride + i);
+        prefetch(w + 3 * stride + i);
+      }
       TILE_LOAD(4, low + b * kPairBlock, a.kpad);
       TILE_LOAD(5, high + b * kPairBlock, a.kpad);
       TILE_LOAD(6, w, 64);
