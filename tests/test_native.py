@@ -48,6 +48,17 @@ def test_float_linear(level, m, dtype):
         close(ops.float_linear(x, w, bias), want + bias.double(), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float_linear_of_a_token_of_each_sequence(library, dtype):
+    """[B, 1, K] with the strides of another layout, as compiled graphs leave it."""
+    for m in (16, 33):
+        x, bias, generator = make(m, 50, 77, dtype)
+        w = torch.randn(50, 77, generator=generator).to(dtype)
+        y = ops.float_linear(x[None].transpose(0, 1), w, bias)
+        assert y.shape == (m, 1, 50)
+        close(y[:, 0], x.double() @ w.double().T + bias.double(), dtype)
+
+
 @pytest.mark.parametrize("m", [1, 2, 7, 16, 17])
 def test_float_linear_with_bf16_instructions(bf16_level, m):
     for n, k in SHAPES:

@@ -30,7 +30,7 @@ int64_t first_largest(const T* bits, int64_t n) {
   return at;
 }
 
-// Of n > 0 numbers of a type at p; a NaN counts as the largest.
+// Of n > 0 numbers of a type at p.
 inline int64_t first_largest(const void* p, Type type, int64_t n) {
   return type == Type::fp32 ? first_largest(static_cast<const int32_t*>(p), n)
                             : first_largest(static_cast<const int16_t*>(p), n);

@@ -12,7 +12,7 @@ constexpr int64_t kFewRows = 16;  // of x: up to here the products stream the we
 // Rows of x are padded with zeros to kpad. Quantized x comes in blocks of `block` columns.
 struct Linear {
   const void* w;           // rows (float) or tiles (int8, int4)
-  const float* x;          // [m, kpad] fp32, or as widen_rows leaves it for float_rows
+  const float* x;          // fp32 [m, kpad]; else as widen_rows, bf16_panels, half_tiles say
   const float* group_sum;  // [groups, m] sum of x over each group of w
   const int8_t* xq;        // [m, kpad] codes of x; of pairs: the high ones, then the low ones
   const float* xs;         // [blocks, m] their scales

@@ -27,7 +27,11 @@ Tensor float_linear(const Tensor& x, const Tensor& weight, OptTensor bias) {
                    " but the weight is ", weight.scalar_type());
   int64_t n = weight.size(0), k = weight.size(1);
   const bool many = k > 0 && x.numel() > kFewRows * k;
-  if (many && fast_in_aten(x.scalar_type())) return at::linear(x, weight, bias);
+  if (many && fast_in_aten(x.scalar_type())) {
+    auto shape = x.sizes().vec();
+    shape.back() = n;  // in two dimensions: in three ATen may copy the weight for every sequence
+    return at::linear(x.reshape({-1, k}), weight, bias).view(shape);
+  }
   Call call(x, bias, std::nullopt, n, k);
   if (call.empty()) return call.y;
   Linear& a = call.a;
