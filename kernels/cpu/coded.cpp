@@ -1,8 +1,8 @@
 // y = x W^T with n-bit codes, w = (value(code) - zero) * scale: integers, small floats, a codebook.
 //
 // Tile t holds output rows 16 t .. 16 t + 15; 32 columns are n words of 32 bits per row, word by
-// word for the 16 rows: each vector lane walks the bit stream of its row, if codes have 4 or 8 bits,
-// or its planes (coded.h).
+// word for the 16 rows: each vector lane walks the bit stream of its row (8 bits, and the 4 of a
+// codebook and of sparse codes), or its planes (coded.h).
 // 32 columns at a time are widened into a block of fp32 that stays in the nearest cache, and every
 // row of x meets it there.
 // With zeros, sum x w = scale * (sum x value - zero * sum x) over each group.
@@ -35,7 +35,8 @@ INLINE vf smaller(vf a, vf b) {
 #endif
 }
 
-enum Kind { kInteger, kPlanes, kFloat, kTable };  // integers of 4 bits, of planes; ...
+// 4-bit integers of a stream, integers in planes, small floats, a free table of 16 values.
+enum Kind { kInteger, kPlanes, kFloat, kTable };
 
 // What a code of `Bits` bits stands for; of a small float, 1 sign, E exponent, M mantissa bits.
 // All constants are held here so that they stay in registers: stores of values could change `c`.

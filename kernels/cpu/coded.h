@@ -1,10 +1,10 @@
 // What the products of n-bit codes share: where a tile's parts lie, and codes out of bit planes.
 //
-// Integers and small floats of n < 8 bits lie in planes: 32 columns of 16 rows are n lines of 64 bytes, 4 of them
-// with the codes' lowest 4 bits, 2 with the next 2, 1 with the next, as n is a sum of these. Byte
-// 4 r + i of a line belongs to row r and the columns i, 4 + i, 8 + i ...: as many as it has room
-// for, the first one lowest. So shifts by constants bring four columns of all rows into the form of
-// the VNNI product.
+// Integers and small floats of n < 8 bits lie in planes: 32 columns of 16 rows are n lines of 64
+// bytes, 4 of them with the codes' lowest 4 bits, 2 with the next 2, 1 with the next, as n is a sum
+// of these. Byte 4 r + i of a line belongs to row r and the columns i, 4 + i, 8 + i ...: as many as
+// it has room for, the first one lowest. So shifts by constants bring four columns of all rows into
+// the bytes of a vector, the form of the VNNI product.
 #pragma once
 #include "level.h"
 

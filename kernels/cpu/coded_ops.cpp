@@ -56,7 +56,8 @@ Meets how_meets(const Coded& c, int64_t activations, bool exact) {
   if (c.integers && kernels().plane_pairs &&
       (activations == 1 || (!activations && in_pairs(c.a.type, exact))))
     return Meets::pairs;
-  if (c.exponent_bits && !c.zeros && c.a.groups == 1 && kernels().half_tiles && (activations || c.a.type == Type::bf16))
+  if (c.exponent_bits && !c.zeros && c.a.groups == 1 && kernels().half_tiles &&
+      (activations || c.a.type == Type::bf16))
     return Meets::bf16;  // rounded x is of bf16 numbers: e4m3, or integers up to 255
   return Meets::fp32;
 }

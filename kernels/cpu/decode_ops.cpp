@@ -1,5 +1,6 @@
 // The Transformer on a few new tokens as one operator, from their ids to their logits, or to the
-// likeliest next ones: one parallel region, in which the threads wait for each other only where one needs what another has written.
+// likeliest next ones: one parallel region, in which the threads wait for each other only where one
+// needs what another has written.
 //
 //   x = embedding[token]
 //   x += wo(attention(rotate(wqkv(norm(x)))))      x += w2(silu(w1(norm(x))) * w3(norm(x)))
@@ -120,7 +121,8 @@ struct Step {
     work(first * p.unit(), std::min(last * p.unit(), p.c.a.n));
   }
 
-  // What thread `rank` of `threads` does in a block: x [M, C] in place. Then come a norm and a product.
+  // What thread `rank` of `threads` does in a block: x [M, C] in place. Then come the weight of a norm
+  // and a product.
   void run(const Block& block, const Tensor& norm, const Product& next, int rank,
            int threads) const {
     const Plan& s = plan;
