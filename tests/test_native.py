@@ -178,9 +178,13 @@ def test_weight_only_with_amx(amx_level):
 
 @pytest.mark.parametrize("m", [4, 5, 11, 16])
 def test_few_rows_with_amx(amx_level, m):
-    """int8 in pairs and int4 in blocks, of every size of a block."""
-    for n, k in [(96, 576), (50, 1152), (16, 64), (130, 72), (33, 100)]:
+    """bf16, int8 in pairs, and int4 in blocks of every size."""
+    for n, k in [(96, 576), (50, 1152), (16, 64), (130, 72), (33, 100), (71, 32)]:
         x, bias, generator = make(m, n, k, torch.bfloat16)
+        w = torch.randn(n, k, generator=generator).bfloat16()
+        for b in (bias, None):
+            want = x.double() @ w.double().T + (0 if b is None else b.double())
+            close(ops.float_linear(x, w, b), want, x.dtype)
         q = torch.randint(-128, 128, (n, k), generator=generator, dtype=torch.int8)
         scales = torch.rand(n, generator=generator)
         want = x.double() @ (q.double() * scales.double()[:, None]).T + bias.double()

@@ -13,18 +13,28 @@ namespace CPU_LEVEL {
 #define TILE_DOT(op, c, a, b) \
   asm volatile(op " %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::: "memory")
 
-// The tiles, while this lives: of so many rows of x, and of so many bytes of one of them at a time.
+struct TileShape {
+  int64_t rows, bytes;  // at most 16, 64
+};
+
+// The tiles, while this lives.
 struct Tiles {
-  explicit Tiles(int64_t rows = 16, int64_t bytes = 64) {
+  Tiles(TileShape sums, TileShape x, TileShape weight) {
     struct alignas(64) {
       uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 0, 0, 64, 64};
+      uint16_t row_bytes[16] = {};
       uint8_t rows[16] = {};
     } config;
-    config.row_bytes[4] = config.row_bytes[5] = uint16_t(bytes);
-    for (int t = 0; t < 8; t++) config.rows[t] = uint8_t(t < 6 ? rows : bytes / 4);
+    for (int t = 0; t < 8; t++) {
+      const TileShape shape = t < 4 ? sums : t < 6 ? x : weight;
+      config.row_bytes[t] = uint16_t(shape.bytes);
+      config.rows[t] = uint8_t(shape.rows);
+    }
     asm volatile("ldtilecfg (%0)" ::"r"(&config) : "memory");
   }
+  // For x [rows, bytes] times a weight of 16 outputs: so many rows of x, so many bytes of one at a time.
+  explicit Tiles(int64_t rows = 16, int64_t bytes = 64)
+      : Tiles({rows, 64}, {rows, bytes}, {bytes / 4, 64}) {}
   ~Tiles() { asm volatile("tilerelease" ::: "memory"); }
 };
 

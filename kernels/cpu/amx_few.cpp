@@ -5,16 +5,23 @@
 //   small floats  x in bf16. A vector of codes holds four columns of 16 rows in its bytes (coded.h); it
 //                 becomes two of bf16, of the even bytes and of the odd ones: two rows of AMX's B. So
 //                 of each four columns of x the middle two are swapped.
+//   bf16          the weight's rows as they lie are AMX's A, and x is B: two neighbouring columns of all
+//                 rows of x lie together
 #include "amx.h"
 #include "coded.h"
+#include "multiply.h"
 
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512bf16 {
+decltype(CPU_LEVEL::widen_rows) widen_rows;
+decltype(CPU_LEVEL::float_rows) float_rows;
+}  // namespace avx512bf16
 
 namespace CPU_LEVEL {
 
-constexpr int64_t kFewest = 5;  // fewer rows of x meet integers through VNNI as fast
+constexpr int64_t kFewest = 5;  // fewer rows of x meet the weight as fast without AMX
 
 // sums [16, 16] += the integers dots [m, 16], plus what block b's zero code takes, times its scales.
 INLINE void scale_block(const Linear& a, int64_t b, const int32_t (&dots)[2][256], bool pairs,
@@ -253,6 +260,90 @@ void half_tiles(const Coded& c, int64_t t0, int64_t t1) {
           product<bits.value, e.value>(c, t0, t1);
     });
   });
+}
+
+constexpr int64_t kColumns = 32;  // of bf16, a row of a tile
+
+static bool meets_rows(int64_t m, int64_t k) {
+  return m >= kFewest && m <= kFewRows && k % kColumns == 0;
+}
+
+// For float_rows: of each 32 columns of x [m, k], [16, m] pairs of them.
+void widen_rows(const void* x, Type type, int64_t m, int64_t k, int64_t kpad, bool paired,
+                float* out) {
+  if (!paired || !meets_rows(m, k)) return avx512bf16::widen_rows(x, type, m, k, kpad, paired, out);
+  const auto keep = __mmask16((1 << m) - 1);
+  for (int64_t c = 0; c < k; c += kColumns) {
+    vf rows[16] = {};
+    for (int64_t r = 0; r < m; r++) rows[r] = load<vf>((const uint16_t*)x + r * k + c);
+    transpose(rows);
+    for (int i = 0; i < 16; i++, out += m) _mm512_mask_storeu_ps(out, keep, (__m512)rows[i]);
+  }
+}
+
+// `rows` rows of W from n on and, of two streams, as many from n + apart on, against all of x.
+template <int S>
+INLINE void row_tiles(const Linear& a, int64_t n, int64_t rows, int64_t apart) {
+  const int64_t stride = a.k * 2, x_stride = a.m * 4, steps = a.k / kColumns;
+  const char *x = (const char*)a.x, *first = (const char*)a.w + n * stride;
+  const char* second = first + apart * stride;
+  alignas(64) vf sums[4][16];  // [even steps, odd ones][stream]
+  auto ask = [&](int64_t i) __attribute__((always_inline)) {  // for the next rows, as they lie
+    for (int64_t p = 16 * stride + i * 1024, end = p + 1024; p < end; p += 64) {
+      prefetch(first + p);
+      if (S == 2) prefetch(second + p);
+    }
+  };
+  TILE_ZERO(0);
+  TILE_ZERO(1);
+  TILE_ZERO(2);
+  TILE_ZERO(3);
+  for (int64_t i = 0; i < steps; i += 2) {
+    ask(i);
+    TILE_LOAD(4, x + i * 16 * x_stride, x_stride);
+    TILE_LOAD(6, first + i * 64, stride);
+    if (S == 2) TILE_LOAD(7, second + i * 64, stride);
+    TILE_DOT("tdpbf16ps", 0, 6, 4);
+    if (S == 2) TILE_DOT("tdpbf16ps", 1, 7, 4);
+    if (i + 1 == steps) break;
+    ask(i + 1);
+    TILE_LOAD(5, x + (i + 1) * 16 * x_stride, x_stride);
+    TILE_LOAD(6, first + (i + 1) * 64, stride);
+    if (S == 2) TILE_LOAD(7, second + (i + 1) * 64, stride);
+    TILE_DOT("tdpbf16ps", 2, 6, 5);
+    if (S == 2) TILE_DOT("tdpbf16ps", 3, 7, 5);
+  }
+  TILE_STORE(0, sums[0], 64);
+  TILE_STORE(1, sums[1], 64);
+  TILE_STORE(2, sums[2], 64);
+  TILE_STORE(3, sums[3], 64);
+  for (int s = 0; s < S; s++) {
+    for (int r = 0; r < 16; r++) sums[s][r] += sums[s + 2][r];
+    transpose(sums[s]);
+    for (int64_t m = 0; m < a.m; m++) {
+      const int64_t column = n + s * apart;
+      if (rows == 16) finish(a, m, column, &sums[s][m]);
+      for (int64_t i = rows < 16 ? 0 : rows; i < rows; i++) {
+        const float bias = a.bias ? load_one(a.bias, a.type, column + i) : 0;
+        store_one(a.y, a.type, m * a.n + column + i, sums[s][m][i] + bias);
+      }
+    }
+  }
+}
+
+void float_rows(const Linear& a, int64_t n0, int64_t n1) {
+  if (a.type != Type::bf16 || !meets_rows(a.m, a.k)) return avx512bf16::float_rows(a, n0, n1);
+  const int64_t apart = (n1 - n0) / 32 * 16;
+  const TileShape x{16, a.m * 4};
+  {
+    const Tiles tiles(x, x, {16, 64});
+    for (int64_t n = n0; n < n0 + apart; n += 16) row_tiles<2>(a, n, 16, apart);
+  }
+  for (int64_t n = n0 + 2 * apart; n < n1; n += 16) {
+    const int64_t rows = min(16, n1 - n);
+    const Tiles tiles({rows, x.bytes}, x, {rows, 64});
+    row_tiles<1>(a, n, rows, 0);
+  }
 }
 
 }  // namespace CPU_LEVEL

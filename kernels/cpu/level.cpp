@@ -18,6 +18,8 @@ static Kernels with_products() {
   all.widen_rows = avx512bf16::widen_rows;
   all.float_rows = avx512bf16::float_rows;
 #if defined(__AMX_TILE__)
+  all.widen_rows = widen_rows;
+  all.float_rows = float_rows;
   all.int8_tiles = int8_tiles;
   all.int8_pairs = int8_pairs;
   all.int4_tiles = int4_tiles;
