@@ -286,6 +286,7 @@ class Transformer(nn.Module):
         cache = (batch, config.n_kv_heads, length, config.head_dim, weight.dtype, device)
         for layer in self.layers:
             layer.attention.kv_cache = KV_CACHES[kind](*cache)
+            native.settle(layer.attention.kv_cache)
         self.cache_length, self.plan = length, None
         angles = torch.outer(torch.arange(length).float(), rope_frequencies(config)).to(device)
         self.register_buffer("rope_cos", angles.cos(), persistent=False)  # [S, D / 2]

@@ -202,9 +202,9 @@ def read_bandwidth(size: int = 256 << 20, threads: int | None = None) -> float:
     return torch.ops.flatllama.read_bandwidth(size, threads)
 
 
-def settle(layer: torch.nn.Module) -> None:
-    """Move the weight of a layer on the CPU to huge pages, behind the layer settled before it."""
-    for tensor in [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]:
+def settle(module: torch.nn.Module) -> None:
+    """Move the matrices of a layer or a cache on the CPU to huge pages, behind those settled before."""
+    for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
         if tensor.dim() > 1 and serves(tensor):
             tensor.data = torch.ops.flatllama.on_huge_pages(tensor.data)
 

@@ -140,7 +140,8 @@ INLINE vf sums_of(vf (&v)[kLanes]) {
 }
 
 // Scores [R, kBlock] of R rows at q, ordered as cache_pair() reads the keys; d is a multiple of
-// 2 kLanes. Slots past the last repeat it. The values, which are next, are asked for meanwhile.
+// 2 kLanes. Slots past the last repeat it. Meanwhile the keys further on and the values of these
+// slots, which are next, are asked for.
 template <Kind kind, int R>
 static void few_scores(const Attention& a, const float* q, int64_t s0, int64_t slots, float* scores) {
   constexpr int64_t size = kind == Kind::int8 ? 1 : kind == Kind::fp32 ? 4 : 2;
@@ -148,11 +149,13 @@ static void few_scores(const Attention& a, const float* q, int64_t s0, int64_t s
   const int64_t stride = a.k_stride * size, d = a.d;
   const char* k = (const char*)a.k + s0 * stride;
   const char* v = (const char*)a.v + s0 * a.v_stride * size;
+  constexpr int kAhead = 2048;  // bytes
   for (int64_t s = 0; s < slots; s += kSlots) {
     vf dots[kLanes] = {};
     for (int64_t i = 0; i < d; i += 2 * kLanes)
       UNROLL
       for (int j = 0; j < kSlots; j++) {
+        __builtin_prefetch(k + (s + j) * stride + i * size + kAhead, 0, 3);
         __builtin_prefetch(v + (s + j) * a.v_stride * size + i * size, 0, 3);
         vf a, b;
         cache_pair<kind>(k + min(s + j, slots - 1) * stride + i * size, a, b);

@@ -1,5 +1,5 @@
-// Weights on huge pages, one layer after another: a decode step streams through all of them, and
-// pages of 4 KiB would cost it an address translation for every 64 cache lines.
+// Weights and caches on huge pages, one layer after another: a decode step streams through all of them,
+// and pages of 4 KiB would cost it an address translation for every 64 cache lines.
 #include <ATen/ops/from_blob.h>
 #include <sys/mman.h>
 #include <torch/library.h>
