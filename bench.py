@@ -11,6 +11,7 @@ mode's alone, and a drift of the machine hits all alike. A figure is the median 
 """
 
 import argparse
+import filecmp
 import json
 import platform
 import shutil
@@ -131,11 +132,15 @@ def quantized_file(source: Checkpoint, mode: Mode, folder: Path, device: str) ->
             return path
     progress(f"{label(mode)}: quantizing ...")
     for file in TOKENIZER_FILES:  # a checkpoint's tokenizer is looked for beside it
-        if (source.directory / file).exists() and not folder.samefile(source.directory):
-            shutil.copy(source.directory / file, folder)
+        there, here = source.directory / file, folder / file
+        if not there.exists() or folder.samefile(source.directory):
+            continue
+        if here.exists() and not filecmp.cmp(there, here, shallow=False):
+            raise UserError(f"--work_dir {folder} holds another model's {file}")
+        shutil.copy(there, here)
     flags = ["--mode", str(mode), *group_flags(mode), "--checkpoint_path", str(source.path)]
     run_script("quantize.py", [*flags, "--output", str(path), "--device", device])
-    note.write_text(json.dumps(made_from))
+    write_json(note, made_from)
     return path
 
 
@@ -194,7 +199,7 @@ def perplexity(entry: Entry, flags: list[str], kept: Path) -> float:
         if earlier.get("flags") == flags:
             return earlier["perplexity"]
     figures = run_script("eval.py", flags)
-    kept.write_text(json.dumps({"flags": flags, **figures}, indent=1))
+    write_json(kept, {"flags": flags, **figures})
     return figures["perplexity"]
 
 
@@ -271,7 +276,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--random_weights goes without --checkpoint_path and --text")
     if min(n for n in (args.threads, args.limit, args.seq_length - 1, 1) if n is not None) < 1:
         raise UserError("--threads and --limit must be at least 1, --seq_length at least 2")
-    check_outputs(args.json, args.plot)
+    own = set() if args.random_weights else open_checkpoint(args.checkpoint_path).own_files()
+    check_outputs(args.json, args.plot, inputs={args.text, *own})
     if args.text and not args.text.is_file():
         raise UserError(f"no text file at {args.text}")
     if args.plot:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from bench_report import markdown, pyplot, save
+from checkpoint import open_checkpoint
 from engine import (
     BUCKETS,
     COMPILE_MODES,
@@ -257,6 +258,10 @@ def parse_args(kind: str, argv: list[str]) -> argparse.Namespace:
     ]
     if min([*numbers, *getattr(args, "batch_sizes", [])]) < 1:
         raise UserError("sizes and counts must be at least 1")
+    if not -(2**63) <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed}: takes 64 bits")
+    if kind == "latency" and args.max_new_tokens < 2:
+        raise UserError("--max_new_tokens must be at least 2: the steps between tokens are timed")
     if unknown := set(getattr(args, "policies", ())) - set(POLICIES):
         raise UserError(f"unknown policy {min(unknown)!r}: there is {', '.join(POLICIES)}")
     if kind == "position" and args.points >= args.positions:
@@ -269,7 +274,8 @@ def parse_args(kind: str, argv: list[str]) -> argparse.Namespace:
 def main(kind: str, argv: list[str]) -> None:
     """`kind` is throughput, latency or position."""
     args = parse_args(kind, argv)
-    check_outputs(args.json, args.plot)
+    own = set() if args.random_weights else open_checkpoint(args.checkpoint_path).own_files()
+    check_outputs(args.json, args.plot, inputs=own)
     if args.plot:
         pyplot()
     model, mode, _ = load(args, args.random_weights)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from bench_report import markdown
+from checkpoint import open_checkpoint
 from errors import UserError, check_outputs, progress, write_json
 from measure import device_name
 
@@ -85,7 +86,8 @@ def main(argv: list[str]) -> None:
         raise UserError("--repeats must be at least 1")
     if not args.package.is_file():
         raise UserError(f"no package at {args.package}: scripts/export.py writes one")
-    check_outputs(args.json)
+    own = open_checkpoint(args.checkpoint_path).own_files()
+    check_outputs(args.json, inputs={args.package, *own})
     flags = ["--device", args.device]
     for name in ("checkpoint_path", "threads"):
         if getattr(args, name) is not None:

@@ -70,6 +70,8 @@ def render(template: str, variables: dict[str, Any]) -> str:
     """The template's text; a ValueError of one line says what it objects to."""
     try:
         return environment().from_string(template).render(variables)
-    except (TemplateError, TypeError) as error:
+    except (
+        TemplateError, TypeError, ArithmeticError, LookupError, RecursionError, MemoryError
+    ) as error:  # fmt: skip
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"the chat template failed: {reason}") from None

@@ -188,6 +188,8 @@ def open_checkpoint(path: Path | str | None = None) -> Checkpoint:
         if header["version"] > VERSION:
             raise UserError(f"{path} was written by a newer version; update flatllama")
         config = ModelConfig.from_dict(header["config"])
+        if not isinstance(header["mode"], str):
+            raise TypeError("the mode is no text")
         for settings in header["layers"].values():
             if settings["format"] not in FORMATS:
                 raise UserError(f"{path} uses the unknown format {settings['format']!r}")
@@ -286,6 +288,8 @@ def repack(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.repack()
+        elif isinstance(module, Linear):
+            native.prepare(module.weight.device)
         if isinstance(module, (Linear, QuantizedLinear)):
             native.settle(module)
 

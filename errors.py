@@ -144,6 +144,10 @@ def cli(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BaseException:
+    except BaseException as error:
         sys.stderr = _stderr or sys.stderr  # for the traceback
-        raise
+        lack = ("can't allocate memory", "out of memory")  # torch raises a RuntimeError
+        if not isinstance(error, MemoryError) and not any(text in str(error) for text in lack):
+            raise
+        print(f"{_prefix}error: out of memory: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+        sys.exit(2)

@@ -2,7 +2,7 @@
 
 Decode speed is measured after a warm-up that compiles, and leaves prefill out; the time to the
 first token is printed beside it. Bandwidth is the bytes of weights and cache that a step reads,
-over its time, beside what this machine reads at best in the same run.
+over its time, beside what a plain stream of reads reaches in the same run.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def load(args: argparse.Namespace, random_name: str | None = None):
         name = names[model.tok_embeddings.weight.dtype]
     if mode and not ranks:
         head = head_mode(mode, None)
-        quantize_(model, str(mode), mode.groupsize, skip=lambda n: n == "output")
+        quantize_(model, str(mode), mode.groupsize, skip=lambda n: n == "output", repack=False)
         quantize_(model, str(head), head.groupsize)
     name = str(mode) if mode else name
     check_layers(model)
@@ -328,6 +328,8 @@ def check(args: argparse.Namespace) -> None:
         others = ("json", "profile", "prompts", "num_samples", "batch_size")
         if given := [name for name in others if getattr(args, name) not in (None, 1)]:
             raise UserError(f"--interactive is one conversation: leave --{given[0]} out")
+        if args.ignore_eos:
+            raise UserError("--interactive needs the end of a reply: leave --ignore_eos out")
     if args.json or args.profile:
         inputs = {args.prompts, args.package}
         if not args.random_weights:
@@ -364,7 +366,7 @@ def main() -> None:
         length = args.cache_size or max(map(len, prompts)) + args.max_new_tokens
     if package:
         package.check(model.tok_embeddings.weight.device, len(prompts), args.kv_cache)
-        length = package.about["slots"]
+        length = min(package.about["slots"], model.config.max_positions)
     engine = make_engine(model, length, len(prompts), args)
     if package:
         package.drive(engine)

@@ -59,7 +59,8 @@ def device_name(device: str) -> str:
 
 
 def read_bandwidth(device: str) -> float:
-    """Bytes per second of a plain streaming read, the best of several over 512 MB (CUDA: 4 GB).
+    """Bytes per second of a plain streaming read of 512 MB (CUDA: 4 GB), several times over: the
+    median of the C++ kernel, the best of torch's sums.
 
     This is the limit that decoding is compared with: every byte of a buffer far larger than the
     caches read once, by all threads.

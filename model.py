@@ -25,7 +25,7 @@ LARGEST = 2**24  # size: the bytes of no tensor overflow 64 bits
 
 
 def _finite(x: object) -> bool:
-    return type(x) in (int, float) and abs(x) < 1e300  # false for NaN, and for 10**400
+    return type(x) in (int, float) and abs(x) < 2**63  # false for NaN, and for 10**400
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class KVCache(nn.Module):
 class Int8KVCache(KVCache):
     """int8 keys and values, one scale per token and head: s = max|x| / 127, q = round(x / s).
 
-    Attention dequantizes a block at a time; the cache is never materialized in bf16.
+    The kernels dequantize a block at a time; PyTorch's operators widen a layer's cache.
     """
 
     def __init__(self, batch: int, heads: int, length: int, head_dim: int, dtype, device=None):

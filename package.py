@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor, nn
@@ -151,11 +152,13 @@ class Package:
             raise UserError(f"no package at {path}: scripts/export.py writes one")
         self.path = path
         try:
+            if damaged := ZipFile(path).testzip():  # torch's loader would run it
+                raise ValueError(f"{damaged} is damaged")
             decode = load_step(path, DECODE)
             self.about = json.loads(decode.get_metadata()["flatllama"])
             names = [f"prefill-{size}" for size in chunk_sizes(self.about["slots"])]
             self.steps = {DECODE: decode, **{name: load_step(path, name) for name in names}}
-        except (RuntimeError, KeyError, ValueError, OSError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, OSError, BadZipFile) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{path} is no package of scripts/export.py: {reason}") from None
 

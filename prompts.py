@@ -15,6 +15,8 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids of a text, or, where it is an integer, a `synthetic` prompt of that length."""
     if synthetic and prompt.isdecimal():
+        if len(prompt) > 9:
+            raise UserError(f"a prompt of {prompt} tokens: no cache holds so many")
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(0, vocab, (int(prompt),), generator=generator).tolist()
     if tokenizer is None:
@@ -53,7 +55,7 @@ def read_prompts(path: Path) -> list[str]:
     A UserError, with the line's number, for an empty line or file, bad JSON, an unreadable file.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     lines = text.split("\n")

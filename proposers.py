@@ -78,6 +78,7 @@ class Draft:
     def __init__(self, model: Transformer, k: int, sampling: Sampling, **engine):
         self.k, self.sampling = k, sampling
         self.history, self.filled = [], 0  # the cache holds the first `filled` tokens of it
+        self.ran = torch.empty(0)  # and behind them these guesses of the last round
         self.engine = Engine(model, sampling, spare=k, **engine)
         self.step = self.engine.compile("step", self._step, 2)
 
@@ -93,11 +94,15 @@ class Draft:
         """Run the prompt, but for what the cache holds of it."""
         self.engine.cached = self.history[: self.filled]
         self.engine.prefill([prompt], min(first, self.engine._shared_prefix(prompt)))
-        self.history, self.filled = prompt, len(prompt)
+        self.history, self.filled, self.ran = prompt, len(prompt), torch.empty(0)
 
     def propose(self, history: list[int], count: int) -> tuple[Tensor, Tensor | None, int]:
         """The draft's own next tokens, and, where it samples, what they were drawn from."""
         device, u = self.engine.device, self.engine.uniforms(self.k)
+        for guess in self.ran.tolist():
+            if self.filled >= len(history) - 2 or history[self.filled] != guess:
+                break
+            self.filled += 1
         while self.filled < len(history) - 2:  # after plain steps
             pair = torch.tensor([history[self.filled : self.filled + 2]], device=device)
             self.step(pair, torch.tensor([self.filled], device=device), u[0])
@@ -112,7 +117,7 @@ class Draft:
             if p is not None:
                 q.append(p.clone())
             start = start + (2 if i == 0 else 1)
-        self.history, self.filled = history, len(history)
+        self.history, self.filled, self.ran = history, len(history), torch.cat(guesses)[:-1]
         missing = [torch.zeros_like(guesses[0])] * (self.k - count)
         q = torch.stack([*q, *[q[0]] * (self.k - count)]) if q else None
         return torch.cat([*guesses, *missing]), q, count
@@ -124,4 +129,4 @@ class Draft:
                 self.engine.prefill([[1] * size])
             for _ in range(3):
                 self.propose([1, 1], self.k)
-        self.history, self.filled = [], 0
+        self.history, self.filled, self.ran = [], 0, torch.empty(0)

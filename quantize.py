@@ -5,6 +5,7 @@ python quantize.py --list
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -78,7 +79,7 @@ def quantize_(
     elif ALGORITHMS[parsed.algorithm].calibrated:
         stats = _collect(model, linears, inputs)
     for name, layer_mode in modes.items():
-        quantized = quantize_linear(linears[name], layer_mode, stats.get(name), **options)
+        quantized = quantize_linear(linears.pop(name), layer_mode, stats.get(name), **options)
         model.set_submodule(name, quantized)
     if repack:
         ckpt.repack(model)
@@ -94,11 +95,13 @@ def _collect(
         m.register_forward_pre_hook(lambda _, args, s=stats[n]: s.add(args[0].flatten(0, -2)))
         for n, m in linears.items()
     ]
-    with torch.no_grad():
-        for args in inputs:
-            model(*args)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad():
+            for args in inputs:
+                model(*args)
+    finally:
+        for hook in hooks:
+            hook.remove()
     if not all(s.tokens for s in stats.values()):
         raise UserError("a calibrated mode needs `inputs` that reach every linear layer")
     return stats
@@ -154,7 +157,7 @@ class CheckpointQuantizer:
         module = name.rpartition(".")[0]
         stored = "tok_embeddings.weight" if self._tied(name) else name
         shape = self.source.spec(stored)[1]
-        errors, grid = [], None
+        wrong, total, grid = 0.0, 0.0, None
         if module in self.layers:
             grid = make_grid(self.modes[module], shape[1], self.dtype)
             chunks = row_chunks(*shape)
@@ -167,15 +170,16 @@ class CheckpointQuantizer:
             linear = nn.Linear(shape[1], len(weight), bias=False, device="meta")
             linear.weight = nn.Parameter(weight, requires_grad=False)
             quantized = quantize_linear(linear, self.modes[module], dtype=self.dtype, grid=grid)
-            errors.append(relative_error(weight, quantized))
+            size = weight.double().square().sum().item()
+            wrong, total = wrong + relative_error(weight, quantized) ** 2 * size, total + size
             for key, tensor in quantized.state_dict().items():
                 if rows.start and key in quantized.shared:
                     continue  # written with the first rows
                 self.writer.write(f"{module}.{key}", tensor, rows.start)
-        if errors:
-            mean = sum(errors) / len(errors)
+        if module in self.layers:
+            error = (wrong / total) ** 0.5 if total else 0.0
             format = self.modes[module].format
-            self.report.append({"name": module, "format": format, "error": mean})
+            self.report.append({"name": module, "format": format, "error": error})
 
     def _tied(self, name: str) -> bool:
         return name == "output.weight" and self.source.config.tied_head
@@ -333,6 +337,8 @@ def main() -> None:
     fill_in(args, mode)
     if not -(2**63) <= args.seed < 2**63:
         raise UserError(f"--seed {args.seed}: takes 64 bits")
+    if args.min_sqnr is not None and not math.isfinite(args.min_sqnr):
+        raise UserError(f"--min_sqnr {args.min_sqnr}: give a finite number of dB")
     source = ckpt.open_checkpoint(args.checkpoint_path)
     if source.header:
         raise UserError(f"{source.path} is quantized already: give the source model's directory")

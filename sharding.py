@@ -18,7 +18,7 @@ from kernels.linear import Linear, QuantizedLinear
 from kernels.packing import pack, unpack
 from model import Transformer
 
-ROUNDED = 64  # columns that the int4 kernel of the CPU rounds together
+ROUNDED = 64  # columns that the kernels of the CPU round together, where a group is longer
 
 
 def cuts(total: int, count: int, unit: int = 1) -> list[slice]:
@@ -38,12 +38,9 @@ def column_unit(layer: nn.Module) -> int | None:
         return 1
     if layer.quantize_input is not None:
         return None
-    if layer.name == "int8":
-        return 1
-    one_group = layer.groupsize >= layer.in_features
-    if layer.name == "int4":
-        return ROUNDED if one_group else layer.groupsize
-    return 8 if one_group else lcm(8, layer.groupsize)  # 8 codes of any width fill whole bytes
+    if layer.name == "int8" or layer.groupsize >= layer.in_features:
+        return ROUNDED
+    return lcm(8, layer.groupsize)  # 8 codes of any width fill whole bytes
 
 
 @dataclass

@@ -1,10 +1,10 @@
-"""Causal attention of new tokens over a static KV cache, reading only its filled part.
+"""Causal attention of new tokens over a static KV cache.
 
     out[b, h, t] = softmax(q[b, h, t] . k[b, h / (H / H_kv), 0 : start[b] + t + 1] / sqrt(D)) v
 
 Row t of sequence b sits at position start[b] + t and sees the slots up to its own. `start` is a
-tensor, so the compiled step never recompiles as the cache fills, and the cost of a step follows
-the filled length, not the cache's size. An int8 cache is dequantized inside, a block at a time.
+tensor, so the compiled step never recompiles as the cache fills. In the kernels the cost of a step
+follows the filled length, not the cache's size, and an int8 cache is dequantized a block at a time.
 """
 
 import torch

@@ -203,7 +203,7 @@ def read_bandwidth(size: int = 256 << 20, threads: int | None = None) -> float:
 
 
 def settle(module: torch.nn.Module) -> None:
-    """Move the matrices of a layer or a cache on the CPU to huge pages, behind those settled before."""
+    """Move the matrices of a layer or a cache to huge pages, behind those settled before it."""
     for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
         if tensor.dim() > 1 and serves(tensor):
             tensor.data = torch.ops.flatllama.on_huge_pages(tensor.data)

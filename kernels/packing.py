@@ -1,4 +1,4 @@
-"""Codes of 1 to 7 bits packed along the last dimension, exactly n bits each.
+"""Codes of 1 to 8 bits packed along the last dimension, exactly n bits each.
 
 A row is one little-endian bit stream: code k takes bits k*n .. k*n + n - 1, counted from the
 lowest bit of byte 0. For 4 bits the even column is thus the low nibble of its byte. Each row ends

@@ -66,7 +66,7 @@ def short_turn(args: argparse.Namespace, entries: list[list[str]], rows: list[di
         decode = ours(args, entry, DECODE)
         first = ours(args, entry, PREFILL)["time_to_first_token_s"]
         prompt, tokens = peer(args, row["peer"], ["-p", "512", "-n", "128", "-r", "3"])
-        row["decode"].append([decode["decode_tokens_per_s"]["mean"], tokens])
+        row["decode"].append([1 / decode["step_s"]["mean"], tokens])
         row["prefill"].append([512 / first, prompt])
         percent = 100 * decode["bandwidth_bytes_per_s"] / decode["read_bandwidth_bytes_per_s"]
         row["percent_of_read_bandwidth"].append(round(percent, 1))
@@ -78,7 +78,7 @@ def deep_turn(args: argparse.Namespace, entry: list[str], rows: list[dict]) -> N
     for row in rows:
         decode = ours(args, entry, [*DEEP, "--kv_cache", row["cache"]])
         flags = ["-p", "0", "-n", "64", "-d", "4000", "-r", "1", *CACHES[row["cache"]]]
-        row["decode"].append([decode["decode_tokens_per_s"]["mean"], *peer(args, "Q8_0", flags)])
+        row["decode"].append([1 / decode["step_s"]["mean"], *peer(args, "Q8_0", flags)])
         progress(f"{row['cache']} cache: {row['decode'][-1]}")
 
 

@@ -95,6 +95,28 @@ def test_cache_is_reused_between_turns(tmp_path):
     assert again == Engine(model, GREEDY, length=512).generate([second], 30).token_ids
 
 
+def test_an_interruption_leaves_no_prefix_behind(tmp_path):
+    """Half of another text lies in the slots: none of them is taken for the first text's again."""
+    engine = Engine(tiny_model(tmp_path), Sampling(temperature=0), length=128)
+    first, second = random_prompt(30), [*random_prompt(30)[:5], *random_prompt(25, seed=1)]
+    expected = engine.generate([first], 20).token_ids
+
+    def interrupt(tokens):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([second], 20, on_token=interrupt)
+    assert engine.generate([first], 20).token_ids == expected
+
+
+def test_a_cache_has_one_engine(tmp_path):
+    model = tiny_model(tmp_path)
+    first = Engine(model, Sampling(temperature=0), length=64)
+    Engine(model, Sampling(temperature=0), length=1).warm_up()  # no room for a token: nothing to do
+    with pytest.raises(ValueError, match="another Engine or Scorer"):
+        first.generate([[1, 2]], 4)
+
+
 def test_stops_at_eos_and_streams_it_not(tmp_path):
     model = tiny_model(tmp_path)
     prompt = random_prompt(10)

@@ -28,11 +28,12 @@ def tiny_model(path, **changes):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """The model, a coarse copy of it (a draft that is often right), and an unrelated draft."""
+    """The model, and drafts: itself again, a coarse copy (often right), and an unrelated one."""
     directory = tmp_path_factory.mktemp("model")
     copy = quantize_(tiny_model(directory), "uint7", skip=lambda n: n == "output")
     other = tiny_model(tmp_path_factory.mktemp("other"), seed=7)
-    return {"model": load_model(open_checkpoint(directory)), "copy": copy, "other": other}
+    model, same = (load_model(open_checkpoint(directory)) for _ in range(2))
+    return {"model": model, "same": same, "copy": copy, "other": other}
 
 
 def always(engine):
@@ -41,21 +42,26 @@ def always(engine):
     return engine
 
 
-@pytest.mark.parametrize("draft", [None, "copy", "other", "model"])
+@pytest.mark.parametrize("draft", [None, "copy", "other", "same"])
 @pytest.mark.parametrize("k", [1, 5])
 def test_greedy_text_is_the_same(models, draft, k):
     model = models["model"]
     expected = Engine(model, GREEDY, length=256).generate([REPEATING], 150).token_ids
     engine = SpeculativeEngine(model, GREEDY, k, models.get(draft), length=256)
+    steps = []
+    if draft:
+        step = engine.proposer.step
+        engine.proposer.step = lambda *args: steps.append(1) or step(*args)
     result = always(engine).generate([REPEATING], 150)
     assert result.token_ids == expected
     assert len(result.step_s) == 149
     made = sum((n + 1) * count for n, count in enumerate(result.accept_counts))
     assert 100 < made <= 147 or draft is None  # but for the first token and two plain steps
-    if draft in ("copy", "model"):
+    if draft in ("copy", "same"):
         assert sum(result.accept_counts[1:]) > result.accept_counts[0]
-    if draft == "model":  # every guess is right; the last round may be cut short
+    if draft == "same":  # every guess is right; the last round may be cut short
         assert sum(result.accept_counts[:-1]) <= 1
+        assert len(steps) <= k * sum(result.accept_counts) + 1  # none runs twice
 
 
 def test_prompt_lookup_guesses_repetitions(tmp_path):
@@ -115,7 +121,7 @@ def test_cache_is_reused_between_turns(models, draft):
     reply = engine.generate([REPEATING], 50).token_ids[0]
     second = [*REPEATING, *reply, 4, 8, 15]
     assert engine._shared_prefix(second) >= len(REPEATING) + 49
-    expected = Engine(model, GREEDY, length=512).generate([second], 50).token_ids
+    expected = Engine(models["same"], GREEDY, length=512).generate([second], 50).token_ids
     result = engine.generate([second], 50)
     assert result.token_ids == expected
     if draft:  # and so is the draft's: it still guesses well
@@ -124,7 +130,7 @@ def test_cache_is_reused_between_turns(models, draft):
 
 def test_lookup_with_a_seed_gives_the_plain_text(models):
     sampling = Sampling(0.7, 20)
-    plain = Engine(models["model"], sampling, length=256, seed=3)
+    plain = Engine(models["same"], sampling, length=256, seed=3)
     engine = always(SpeculativeEngine(models["model"], sampling, 4, length=256, seed=3))
     for _ in range(2):
         expected = plain.generate([REPEATING], 120).token_ids
@@ -222,7 +228,7 @@ def test_it_switches_itself_off_and_says_so(models):
     assert result.token_ids == expected and len(result.step_s) == 149
     assert sum(result.accept_counts) == CHECK
     assert "switched off after 8 rounds: a round costs 3.00 plain steps" in result.note
-    good = SpeculativeEngine(model, GREEDY, 5, models["model"], length=256)
+    good = SpeculativeEngine(model, GREEDY, 5, models["same"], length=256)
     good.pace.add_round = lambda s, n: Pace.add_round(good.pace, 3.0, n)
     good.pace.add_step = lambda s: Pace.add_step(good.pace, 1.0)
     assert good.generate([REPEATING], 150).note is None
