@@ -126,6 +126,9 @@ def test_files_are_reused_only_if_the_header_matches(tmp_path, monkeypatch):
         len(written) == 2
         and open_checkpoint(folder / "model_int8.safetensors").header["mode"] == "int8"
     )
+    wider = open_checkpoint(save_tiny_with_tokenizer(tmp_path / "wider", intermediate_size=96)[0])
+    with pytest.raises(UserError, match="holds another model"):
+        bench.quantized_file(wider, mode, folder, "cpu")
 
 
 def test_a_group_size_of_zero_is_asked_for():

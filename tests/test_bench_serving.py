@@ -110,6 +110,13 @@ def test_position_and_plot(run, tmp_path):
         assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_outputs_never_replace_inputs(run, tiny):
+    before = (tiny / "config.json").read_bytes()
+    code, _, err = run("throughput", "--json", tiny / "config.json")
+    assert code == 2 and "is an input" in err
+    assert (tiny / "config.json").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     "kind, args, message",
     [
@@ -117,6 +124,8 @@ def test_position_and_plot(run, tmp_path):
         ("throughput", ["--max_new_tokens", "2"], "at least 5"),
         ("latency", ["--policies", "padding,bukets"], "unknown policy 'bukets'"),
         ("latency", ["--requests", "0"], "at least 1"),
+        ("latency", ["--max_new_tokens", "1"], "at least 2"),
+        ("throughput", ["--seed", str(2**63)], "takes 64 bits"),
     ],
 )
 def test_mistakes(kind, args, message):

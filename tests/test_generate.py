@@ -121,6 +121,9 @@ def test_chat_keeps_the_conversation(run, default_model, monkeypatch):
         (["--prompt", "5", "--max_new_tokens", "0"], "must be at least 1"),
         (["--prompt", "5", "--temperature", "-1"], "temperature"),
         (["--prompt", "5", "--temperature", "nan"], "temperature"),
+        (["--prompt", "5", "--temperature", "1e-39"], "at least 1e-5"),
+        (["--prompt", "9" * 30], "no cache holds so many"),
+        (["--interactive", "--ignore_eos"], "leave --ignore_eos out"),
         (["--prompt", "5", "--temperature", "inf"], "temperature"),
         (["--prompt", "5", "--device", "cuda:77"], "no device"),
         (["--prompt", "5", "--quantization", "int7"], "unknown mode"),
@@ -245,7 +248,8 @@ def test_prompts_of_a_file_run_in_one_batch(run, tmp_path, jsonl):
     """Different lengths, each row's greedy text and ids equal to its own run's."""
     tiny = save_tiny_with_tokenizer(tmp_path / "tiny")[0]
     prompts = ["Once", "a much longer prompt, with " + "very " * 30 + "many words", "two words"]
-    lines = [json.dumps({"prompt": p}) for p in prompts] if jsonl else prompts
+    lines = [json.dumps({"prompt": p}) for p in prompts] if jsonl else [*prompts]
+    lines[0] = "\ufeff" + lines[0]  # some editors begin a file so
     (tmp_path / "p.txt").write_text("\n".join(lines) + "\n")
     flags = ["--checkpoint_path", tiny, "--temperature", 0, "--max_new_tokens", 40,
              "--cache_size", 256, "--json", tmp_path / "g.json"]  # fmt: skip

@@ -71,8 +71,11 @@ def test_what_does_not_fit_is_refused(package, tmp_path, monkeypatch):
     engine.model.config = dataclasses.replace(engine.model.config, norm_eps=1e-3)
     with pytest.raises(UserError, match="another model, or another mode"):
         opened.drive(engine)
-    for name, content in (("absent.pt2", None), ("text.pt2", b"text"),
-                          ("half.pt2", package.read_bytes()[:5000])):  # fmt: skip
+    whole = package.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for name, content in (("absent.pt2", None), ("text.pt2", b"text"), ("half.pt2", whole[:5000]),
+                          ("flipped.pt2", bytes(flipped))):  # fmt: skip
         if content is not None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=name):

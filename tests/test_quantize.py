@@ -191,6 +191,7 @@ def test_flags_that_a_mode_does_not_take(monkeypatch, flags, refused):
         (["--output", "missing-folder/x.safetensors"], "cannot write"),
         (["--mode", "fp16", "--lm_head", "int8"], "leave --lm_head out"),
         (["--mode", "int4-gptq", "--seed", str(2**64)], "takes 64 bits"),
+        (["--mode", "autoquant", "--min_sqnr", "nan"], "--min_sqnr nan"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(tmp_path, args, message):
