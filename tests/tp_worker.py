@@ -28,7 +28,9 @@ def main() -> None:
     for case in json.loads(Path(sys.argv[1]).read_text()):
         checkpoint = open_checkpoint(case["path"])
         config = checkpoint.config
-        model = tp.load_ranked(ranks, checkpoint, config, None, "cpu", torch.float32)
+        whole = (ranks, checkpoint, config, None, "cpu", torch.float32)
+        load = lambda args=whole: tp.load_ranked(*args)  # noqa: E731
+        model = load()
         prompts = case["tokens"]
         engine = Engine(model, GREEDY, batch=len(prompts), length=96)
         with torch.inference_mode():
@@ -42,7 +44,7 @@ def main() -> None:
                   "cut": [type(x).__name__ for x in layers], "bytes": size}  # fmt: skip
         if case["name"] in ("fp32", "int4") and ranks.size == 2:  # compiling takes long
             for mode, kind in (("default", Engine), (None, SpeculativeEngine)):
-                args = (model, GREEDY) if kind is Engine else (model, GREEDY, 3, model)
+                args = (model, GREEDY) if kind is Engine else (model, GREEDY, 3, load())
                 other = kind(*args, length=96, compile_mode=mode)
                 if kind is SpeculativeEngine:
                     other.pace.verdict = lambda: None
