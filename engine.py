@@ -211,11 +211,10 @@ class Engine:
         self.model, self.sampling, self.batch, self.length = model, sampling, batch, length
         self.device = model.tok_embeddings.weight.device
         self.slots, self.buckets = cache_length(length + spare), buckets
-        model.setup_cache(batch, self.slots, kv_cache)
+        self.own_cache = model.setup_cache(batch, self.slots, kv_cache)
         if fused:
             model.fuse()
         self.generator = torch.Generator().manual_seed(seed)
-        self.kv_cache = model.layers[0].attention.kv_cache  # no longer ours once it is another
         self.cached: list[int] = []  # the tokens whose keys and values row 0 of the cache holds
         self.compile_mode = compile_mode
         self.compiled: list[str] = []  # the steps that are
@@ -355,8 +354,7 @@ class Engine:
     def _check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
         if len(prompts) != self.batch:
             raise ValueError(f"{len(prompts)} prompts for an engine of batch {self.batch}")
-        if self.model.layers[0].attention.kv_cache is not self.kv_cache:
-            raise ValueError("another Engine or Scorer has taken the model's cache: make a new one")
+        self.model.check_cache(self.own_cache)
         if not all(prompts):
             raise UserError("empty prompt: give at least one token")
         if max_new_tokens < 1:

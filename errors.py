@@ -125,7 +125,8 @@ def _terminate(*_) -> None:
 
 
 def cli(main: Callable[[], None]) -> None:
-    """Run a script's `main`: exit 2 with one line on a `UserError` or `OSError`, 130 on Ctrl-C.
+    """Run a script's `main`: exit 2 with one line on a `UserError`, an `OSError` or a lack of
+    memory, 130 on Ctrl-C.
 
     SIGTERM cleans up as Ctrl-C does, but where torchrun ends processes that wait for each other.
     """

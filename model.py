@@ -279,8 +279,11 @@ class Transformer(nn.Module):
         self.register_buffer("plan", None, persistent=False)  # see `fuse`
         self.requires_grad_(False)
 
-    def setup_cache(self, batch: int, length: int, kind: str = "bf16") -> None:
-        """Allocate an empty cache of `length` slots for `batch` sequences, and the rotary table."""
+    def setup_cache(self, batch: int, length: int, kind: str = "bf16") -> KVCache:
+        """Allocate an empty cache of `length` slots for `batch` sequences, and the rotary table.
+
+        Returns the first layer's cache, with which its owner later calls `check_cache`.
+        """
         weight = self.tok_embeddings.weight
         config, device = self.config, weight.device
         cache = (batch, config.n_kv_heads, length, config.head_dim, weight.dtype, device)
@@ -291,6 +294,12 @@ class Transformer(nn.Module):
         angles = torch.outer(torch.arange(length).float(), rope_frequencies(config)).to(device)
         self.register_buffer("rope_cos", angles.cos(), persistent=False)  # [S, D / 2]
         self.register_buffer("rope_sin", angles.sin(), persistent=False)
+        return self.layers[0].attention.kv_cache
+
+    def check_cache(self, first: KVCache) -> None:
+        """ValueError if another `setup_cache` followed the one that returned `first`."""
+        if self.layers[0].attention.kv_cache is not first:
+            raise ValueError("another Engine or Scorer has taken this cache: make a new one")
 
     def fuse(self) -> None:
         """From now on run on few tokens as one operator, if there is one for all of the layers.

@@ -41,7 +41,7 @@ class Scorer:
         least = min(rows, 16)
         self.chunk = min(max(rows // batch, least), -(-length // least) * least)
         self.slots = -(-length // self.chunk) * self.chunk
-        model.setup_cache(batch, self.slots, kv_cache)
+        self.model, self.own_cache = model, model.setup_cache(batch, self.slots, kv_cache)
         if batch * self.chunk <= MOST_ROWS:
             model.fuse()
         self.forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
@@ -51,6 +51,7 @@ class Scorer:
 
         Yields (positions, logits [b, t, V] fp32). The chunks must be taken in order.
         """
+        self.model.check_cache(self.own_cache)
         rows, length = tokens.shape
         padded = torch.zeros(self.batch, -(-length // self.chunk) * self.chunk, dtype=torch.int64)
         padded[:rows, :length] = tokens

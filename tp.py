@@ -65,9 +65,9 @@ def start(device: str) -> Ranks | None:
     """Join the ranks that torchrun started; None in a process of its own."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
-    if not dist.is_initialized() and "RANK" not in os.environ:
-        raise errors.UserError("WORLD_SIZE without RANK: start several processes with torchrun")
     if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            raise errors.UserError("WORLD_SIZE without RANK: start several processes with torchrun")
         if device.startswith("cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")

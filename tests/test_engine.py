@@ -7,6 +7,7 @@ from tiny import save_tiny
 from checkpoint import load_model, open_checkpoint
 from engine import Engine, Sampling, cache_length, compiled_graphs, greedy, probabilities, sample
 from errors import UserError
+from scorer import Scorer
 
 GREEDY = Sampling(temperature=0)
 
@@ -115,6 +116,10 @@ def test_a_cache_has_one_engine(tmp_path):
     Engine(model, Sampling(temperature=0), length=1).warm_up()  # no room for a token: nothing to do
     with pytest.raises(ValueError, match="another Engine or Scorer"):
         first.generate([[1, 2]], 4)
+    scorer = Scorer(model, length=32)
+    Engine(model, GREEDY, length=64)
+    with pytest.raises(ValueError, match="another Engine or Scorer"):
+        next(scorer.logits(torch.tensor([[1, 2]])))
 
 
 def test_stops_at_eos_and_streams_it_not(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import save_tiny
 
 from kernels import native
 from kernels.formats import FORMATS
@@ -427,6 +428,18 @@ def test_a_compiler_that_fails_is_one_line_and_false(tmp_path):
         last = done.stderr.splitlines()[-1]
         assert f"{compiler} cannot build" in last and reason in last
         assert "Traceback" not in done.stderr and not list(tmp_path.glob("cache/*/*.o*"))
+
+
+def test_float_models_find_the_kernels(library, tmp_path):
+    """From Python, without a command line that chooses kernels."""
+    source = save_tiny(tmp_path)[0]
+    code = (
+        "import sys; from checkpoint import load_model, open_checkpoint; from kernels import native;"
+        "load_model(open_checkpoint(sys.argv[1])); assert native.loaded()"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, source], check=True, cwd=Path(__file__).parent.parent
+    )
 
 
 def test_an_unknown_level_is_one_line():

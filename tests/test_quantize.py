@@ -83,6 +83,13 @@ def test_calibrated_mode_without_inputs_is_refused():
         quantize_(Foreign(), "int4-gptq")
 
 
+def test_a_failing_input_leaves_no_hooks():
+    model = Foreign()
+    with pytest.raises(RuntimeError):
+        quantize_(model, "int4-gptq", inputs=[(torch.zeros(2, 7),)])
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
 def test_rows_in_chunks_equal_one_piece(monkeypatch):
     linear = nn.Linear(100, 57, dtype=torch.bfloat16)
     whole = quantize_linear(linear, parse_mode("int4", 32))

@@ -30,10 +30,7 @@ INLINE void multiply(const char* x, int64_t x_stride, const char* w, int64_t w_a
   char *low = (char*)sums, *high = low + kSide * kWidth * 4;
   constexpr int64_t kStride = kWidth * 4;
   if (fresh) {
-    TILE_ZERO(0);
-    TILE_ZERO(1);
-    TILE_ZERO(2);
-    TILE_ZERO(3);
+    zero_sums();
   } else {
     TILE_LOAD(0, low, kStride);
     TILE_LOAD(1, low + 64, kStride);

@@ -13,6 +13,21 @@ namespace CPU_LEVEL {
 #define TILE_DOT(op, c, a, b) \
   asm volatile(op " %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::: "memory")
 
+INLINE void zero_sums() {
+  TILE_ZERO(0);
+  TILE_ZERO(1);
+  TILE_ZERO(2);
+  TILE_ZERO(3);
+}
+
+// Each [16, 16] numbers of 32 bits.
+INLINE void store_sums(void* first, void* second, void* third, void* fourth) {
+  TILE_STORE(0, first, 64);
+  TILE_STORE(1, second, 64);
+  TILE_STORE(2, third, 64);
+  TILE_STORE(3, fourth, 64);
+}
+
 struct TileShape {
   int64_t rows, bytes;  // at most 16, 64
 };

@@ -61,18 +61,12 @@ void int8_pairs(const Linear& a, int64_t t0, int64_t t1) {
       TILE_LOAD(5, high + b * kPairBlock, a.kpad);
       TILE_LOAD(6, w, 64);
       TILE_LOAD(7, w + (count - 1) * stride, 64);
-      TILE_ZERO(0);
-      TILE_ZERO(1);
-      TILE_ZERO(2);
-      TILE_ZERO(3);
+      zero_sums();
       TILE_DOT("tdpbsud", 0, 4, 6);
       TILE_DOT("tdpbsud", 1, 5, 6);
       TILE_DOT("tdpbsud", 2, 4, 7);
       TILE_DOT("tdpbsud", 3, 5, 7);
-      TILE_STORE(0, dots[0][0], 64);
-      TILE_STORE(1, dots[0][1], 64);
-      TILE_STORE(2, dots[1][0], 64);
-      TILE_STORE(3, dots[1][1], 64);
+      store_sums(dots[0][0], dots[0][1], dots[1][0], dots[1][1]);
       for (int i = 0; i < 2; i++) scale_block(a, b, dots[i], true, splat(1.0f), sums[i]);
     }
     for (int64_t i = 0; i < count; i++) finish_tile(a, t + i, sums[i]);
@@ -217,10 +211,7 @@ static void product(const Coded& c, int64_t t0, int64_t t1) {
       widen_chunk<Value, Bits>(value, first.codes, stride, count, k, min(k + kChunk, a.kpad),
                                panels[k / kChunk % 2]);
     };
-    TILE_ZERO(0);
-    TILE_ZERO(1);
-    TILE_ZERO(2);
-    TILE_ZERO(3);
+    zero_sums();
     widen(0);
     for (int64_t k = 0; k < a.kpad; k += kChunk) {
       if (k + kChunk < a.kpad) widen(k + kChunk);
@@ -237,10 +228,7 @@ static void product(const Coded& c, int64_t t0, int64_t t1) {
       TILE_DOT("tdpbf16ps", 2, 5, 6);
       TILE_DOT("tdpbf16ps", 3, 5, 7);
     }
-    TILE_STORE(0, sums[0][0], 64);
-    TILE_STORE(1, sums[1][0], 64);
-    TILE_STORE(2, sums[0][1], 64);
-    TILE_STORE(3, sums[1][1], 64);
+    store_sums(sums[0][0], sums[1][0], sums[0][1], sums[1][1]);
     for (int64_t i = 0; i < count; i++) {
       const vf scale = (i ? last : first).scale(c, 0, 0) * Value::kFactor;
       for (int64_t m = 0; m < a.m; m++) {
@@ -287,17 +275,14 @@ INLINE void row_tiles(const Linear& a, int64_t n, int64_t rows, int64_t apart) {
   const int64_t stride = a.k * 2, x_stride = a.m * 4, steps = a.k / kColumns;
   const char *x = (const char*)a.x, *first = (const char*)a.w + n * stride;
   const char* second = first + apart * stride;
-  alignas(64) vf sums[4][16];  // [even steps, odd ones][stream]
+  alignas(64) vf sums[4][16] = {};  // even steps of each stream, odd steps of each
   auto ask = [&](int64_t i) __attribute__((always_inline)) {  // for the next rows, as they lie
     for (int64_t p = 16 * stride + i * 1024, end = p + 1024; p < end; p += 64) {
       prefetch(first + p);
       if (S == 2) prefetch(second + p);
     }
   };
-  TILE_ZERO(0);
-  TILE_ZERO(1);
-  TILE_ZERO(2);
-  TILE_ZERO(3);
+  zero_sums();
   for (int64_t i = 0; i < steps; i += 2) {
     ask(i);
     TILE_LOAD(4, x + i * 16 * x_stride, x_stride);
@@ -313,17 +298,17 @@ INLINE void row_tiles(const Linear& a, int64_t n, int64_t rows, int64_t apart) {
     TILE_DOT("tdpbf16ps", 2, 6, 5);
     if (S == 2) TILE_DOT("tdpbf16ps", 3, 7, 5);
   }
-  TILE_STORE(0, sums[0], 64);
-  TILE_STORE(1, sums[1], 64);
-  TILE_STORE(2, sums[2], 64);
-  TILE_STORE(3, sums[3], 64);
+  store_sums(sums[0], sums[1], sums[2], sums[3]);
   for (int s = 0; s < S; s++) {
     for (int r = 0; r < 16; r++) sums[s][r] += sums[s + 2][r];
     transpose(sums[s]);
     for (int64_t m = 0; m < a.m; m++) {
       const int64_t column = n + s * apart;
-      if (rows == 16) finish(a, m, column, &sums[s][m]);
-      for (int64_t i = rows < 16 ? 0 : rows; i < rows; i++) {
+      if (rows == 16) {
+        finish(a, m, column, &sums[s][m]);
+        continue;
+      }
+      for (int64_t i = 0; i < rows; i++) {
         const float bias = a.bias ? load_one(a.bias, a.type, column + i) : 0;
         store_one(a.y, a.type, m * a.n + column + i, sums[s][m][i] + bias);
       }

@@ -79,7 +79,7 @@ enum class Format : int { rows, int8, int4, coded };
 
 struct Kernels {
   const char* name;
-  // x [m, k] -> fp32 [m, kpad], in the order in which float_rows reads it
+  // x [m, k] -> fp32 [m, kpad]; paired: in whatever form float_rows takes so many rows and columns
   void (*widen_rows)(const void* x, Type, int64_t m, int64_t k, int64_t kpad, bool paired, float*);
   void (*quantize_rows)(const void* x, const Linear&, const Quantized&, int64_t m0, int64_t m1);
   void (*float_rows)(const Linear&, int64_t n0, int64_t n1);
