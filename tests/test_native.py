@@ -435,7 +435,8 @@ def test_float_models_find_the_kernels(library, tmp_path):
     source = save_tiny(tmp_path)[0]
     code = (
         "import sys; from checkpoint import load_model, open_checkpoint;"
-        " from kernels import native; load_model(open_checkpoint(sys.argv[1])); assert native.loaded()"
+        " from kernels import native; load_model(open_checkpoint(sys.argv[1]));"
+        " assert native.loaded()"
     )
     subprocess.run(
         [sys.executable, "-c", code, source], check=True, cwd=Path(__file__).parent.parent
