@@ -30,7 +30,7 @@ PROCESSORS = 132  # of an H100 or H200
 FORMATS = {
     "bf16": ("plain", 16, {}),
     "int8": ("int8", 8, {}),
-    "int8dq": ("int8", 8, {"integer": True}),
+    "int8dq": ("int8", 8, {"dtype": torch.int8}),
     "float8": ("e4m3", 8, {"exponent": 4}),
     "fpx-4-3": ("float", 8, {"exponent": 4}),
     "fp6": ("float", 6, {"exponent": 3}),
@@ -40,7 +40,7 @@ FORMATS = {
     "uint7 g64": ("integer", 7, {"group": 64, "zero": "int"}),
     "codebook4 g64": ("table", 4, {"group": 64}),
     "int4-sparse24 g128": ("sparse", 4, {"group": 128}),
-    "w4a8 g128": ("integer", 4, {"group": 128, "inner": True, "integer": True}),
+    "w4a8 g128": ("integer", 4, {"group": 128, "inner": True, "dtype": torch.int8}),
 }
 
 
@@ -60,35 +60,34 @@ def planes(kind: str, bits: int) -> list[torch.Tensor | None]:
 
 
 def weight_tensors(kind: str, bits: int, rest: dict):
-    """planes, scales, zeros, row scales, table of a weight [N, K]."""
+    """planes, scales, row scales, table of a weight [N, K]."""
     group = rest.get("group", 0)
-    scales = empty(K // group, N) if group else None
-    zeros = empty(K // group, N) if rest.get("zero") else None
+    packed = torch.int32 if rest.get("zero") else torch.bfloat16
+    scales = empty(K // group, N, dtype=packed) if group else None
     row_scales = None if kind == "plain" or (group and not rest.get("inner")) else empty(N)
     table = empty(16, dtype=torch.float32) if kind == "table" else None
-    return planes(kind, bits), scales, zeros, row_scales, table
+    return planes(kind, bits), scales, row_scales, table
 
 
-def product_launches(name: str, rows: int) -> list[Launch]:
+def product_launch(name: str, rows: int) -> Launch:
     """What a product of so many rows launches."""
-    from kernels.cuda.linear import Product, launches
+    from kernels.cuda.linear import Product, matmul_launch
 
     kind, bits, rest = FORMATS[name]
-    integer = rest.get("integer", False)
-    product = Product(rows, N, K, kind, min(bits, 8), **rest)
-    x = empty(rows, K, dtype=torch.int8 if integer else torch.bfloat16)
-    x_scale = empty(rows, dtype=torch.float32) if integer else None
-    tensors = weight_tensors(kind, bits, rest)
-    return launches(product, x, *tensors, x_scale, None, empty(rows, N), PROCESSORS)
+    rest = {"dtype": torch.bfloat16} | rest
+    product = Product(rows, N, K, kind=kind, bits=min(bits, 8), **rest)
+    x = empty(rows, K, dtype=product.dtype)
+    x_scale = empty(rows, dtype=torch.float32) if product.dtype == torch.int8 else None
+    tensors, arrived = weight_tensors(kind, bits, rest), empty(N, dtype=torch.int32)
+    return matmul_launch(product, x, *tensors, arrived, x_scale, None, empty(rows, N), PROCESSORS)
 
 
-def dequantize_launches(name: str) -> list[Launch]:
-    from kernels.cuda.linear import Product, dequantize_launch
+def dequantize_launch(name: str) -> Launch:
+    from kernels.cuda import linear
 
     kind, bits, rest = FORMATS[name]
-    rest = {k: v for k, v in rest.items() if k != "integer"}
-    product = Product(1024, N, K, kind, bits, **rest)
-    return [dequantize_launch(product, *weight_tensors(kind, bits, rest), empty(N, K))]
+    product = linear.Product(1024, N, K, torch.bfloat16, kind, bits, **rest)
+    return linear.dequantize_launch(product, *weight_tensors(kind, bits, rest), empty(N, K))
 
 
 def attention_launches(tokens: int, dtype: torch.dtype) -> list[Launch]:
@@ -111,10 +110,9 @@ def cases() -> Iterator[tuple[str, int, Launch]]:
     """(what, rows, launch) of every kernel and format."""
     for name in FORMATS:
         for rows in (1, 16, 128):
-            yield name, rows, product_launches(name, rows)[0]
-    yield "splits added", 1, product_launches("int4 g64", 1)[1]
+            yield name, rows, product_launch(name, rows)
     for name in ("int4 g64", "fp6"):
-        yield name, 1024, dequantize_launches(name)[0]
+        yield name, 1024, dequantize_launch(name)
     for dtype in (torch.bfloat16, torch.int8):
         cache = str(dtype).removeprefix("torch.").replace("bfloat16", "bf16")
         for tokens in (1, 512):
@@ -187,7 +185,7 @@ def table_row(what: str, rows: int, launch: Launch, capability: int) -> str:
     cells = (
         what, rows, name, capability, r["registers"], r["spilled_bytes"], r["shared_bytes"],
         " ".join(r["weight_loads"]), " ".join(r["tensor"]) or "-",
-        f"{each:.1f}" if each and name == "matvec" else "-",
+        f"{each:.1f}" if each else "-",
     )  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 

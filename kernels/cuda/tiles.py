@@ -17,6 +17,9 @@ A code's value c becomes the weight w = c s + o, with a scale s and an offset o 
     ZERO "none"   o = 0
     ZERO "float"  o = zero                  (int4)
     ZERO "int"    o = (MID - zero) s        (uint-n: w = (code - zero) s)
+
+Nothing is masked along the rows of the weight: those behind the last read the last one (`near`),
+and their sums are not stored.
 """
 
 import triton
@@ -28,6 +31,8 @@ def load_lanes(plane, offsets, mask):
     """A tile of storage, or nothing for a plane that the format lacks. Weights are read once."""
     if plane is None:
         return  # not `return None`, which Triton 3.6 would make a tensor
+    elif mask is None:
+        return tl.load(plane + offsets, eviction_policy="evict_first")
     else:
         return tl.load(plane + offsets, mask=mask, other=0, eviction_policy="evict_first")
 
@@ -65,44 +70,135 @@ def float_of(code, BITS: tl.constexpr, EXPONENT: tl.constexpr):
     return bits.to(tl.float32, bitcast=True) * scale
 
 
-@triton.jit
-def keep_bits(word, mask: tl.constexpr, above: tl.constexpr, INTERPRET: tl.constexpr):
-    """(word & mask) | above, one instruction on the GPU, which alone would take two."""
-    if INTERPRET:
-        return (word & mask) | above
-    else:
-        return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [word, mask, above],
-            dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
+@triton.constexpr_function
+def pair_base(KIND, dtype):
+    """What `code_pairs` adds to an integer: a power of two whose last mantissa bit counts 1."""
+    if KIND != "integer":
+        return 0
+    return 128 if dtype == tl.bfloat16 else 1024
 
 
-@triton.jit
-def nibble_plus(fours, slot: tl.constexpr, INTERPRET: tl.constexpr):
-    """A 4-bit code plus `nibble_base`, fp32, in a shift and one logic operation.
+@triton.constexpr_function
+def pair_fields(KIND, BITS, EXPONENT, slot, dtype):
+    """Where a code's bits lie and belong: (plane, shift to the right, mask of the result) each.
 
-    The code's bits become mantissa bits of a power of two whose last place makes them count as the
-    integer. Neighbouring slots share the shift.
+    The planes are 16 bits wide: 0 the half of `fours` that holds the slot, 1 `twos`, 2 `ones`.
+    An integer comes to the lowest bits; a small float's magnitude to the top of the mantissa, so
+    that its exponent bits are the lowest of the exponent, and its sign to the top.
     """
-    SHIFT: tl.constexpr = 4 * (slot // 2 * 2) - 12
-    if SHIFT > 0:
-        word = fours >> SHIFT
+    mantissa = 7 if dtype == tl.bfloat16 else 10
+    up = mantissa - (BITS - 1 - EXPONENT) if KIND == "float" else 0
+    fields, below = [], 0
+    for plane, width in enumerate((8,) if BITS == 8 else (4, 2, 1)):
+        if not BITS & width:
+            continue
+        at = width * slot if plane else width * (slot % 4)
+        signed = KIND == "float" and below + width == BITS
+        bits = width - 1 if signed else width
+        if bits:
+            fields.append((plane, at - below - up, ((1 << bits) - 1) << (below + up)))
+        if signed:
+            fields.append((plane, at + width - 1 - 15, 1 << 15))
+        below += width
+    return fields
+
+
+@triton.constexpr_function
+def pair_asm(KIND, BITS, EXPONENT, slot, dtype, MID=0, ZERO=None):
+    """PTX: the fields of two neighbouring codes, one in each half of a register, as two floats.
+
+    Both halves are shifted at once: what crosses from one into the other is masked. $1 to $3 are
+    the planes. With a ZERO the result is scaled, rounded once: $4 is the scale, $5 the offset.
+    """
+    name, bias, mantissa = ("bf16", 127, 7) if dtype == tl.bfloat16 else ("f16", 15, 10)
+    above = (bias + mantissa) << mantissa if KIND == "integer" else 0  # 2^mantissa as a float
+    lines = [".reg .b32 t, u, a, b;", f"mov.b32 u, {above * 0x10001};"]
+    for plane, shift, mask in pair_fields(KIND, BITS, EXPONENT, slot, dtype):
+        lines.append(f"sh{'r' if shift >= 0 else 'l'}.b32 t, ${plane + 1}, {abs(shift)};")
+        lines.append(f"lop3.b32 u, t, {mask * 0x10001}, u, 0xEA;")  # (t & mask) | u
+
+    def fma(out: str, x: str, times: int | str, plus: int | str) -> None:
+        for register, value in (("a", times), ("b", plus)):
+            if isinstance(value, int):
+                lines.append(f"mov.b32 {register}, {value * 0x10001};")
+        a, b = (n if isinstance(v, int) else v for n, v in (("a", times), ("b", plus)))
+        lines.append(f"fma.rn.{name}x2 {out}, {x}, {a}, {b};")
+
+    one, minus_zero = bias << mantissa, 0x8000  # x + -0 = x, the sign of 0 too
+    if KIND == "float":  # a product mends the bias of the exponent
+        fma("$0", "u", (2 * bias + 1 - 2 ** (EXPONENT - 1)) << mantissa, minus_zero)
+    elif ZERO is None:
+        lines.append("mov.b32 $0, u;")
+    elif ZERO == "int":  # $5 is the zero plus the base
+        fma("t", "$5", one | 0x8000, "u")
+        fma("$0", "t", "$4", minus_zero)
     else:
-        word = fours << -SHIFT
-    if slot % 2 == 0:
-        bits = keep_bits(word, 0x0000F000, 0x45000000, INTERPRET)  # 2048 = 2^11, bit 12 counts 1
-    else:
-        bits = keep_bits(word, 0x000F0000, 0x43000000, INTERPRET)  # 128 = 2^7, bit 16 counts 1
-    return bits.to(tl.float32, bitcast=True)
+        centre = 0x8000 | (bias + mantissa) << mantissa | MID  # -(2^mantissa + MID)
+        fma("t", "u", one, centre)
+        fma("$0", "t", "$4", "$5" if ZERO == "float" else minus_zero)
+    return "{ " + " ".join(lines) + " }"
 
 
 @triton.jit
-def nibble_base(slot: tl.constexpr):
-    """What `nibble_plus` has added."""
-    if slot % 2 == 0:
-        return 2048.0
+def plane_halves(
+    fours, twos, ones, slot: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """The planes as 16-bit tiles, the half of `fours` that holds the slot."""
+    if BITS == 8 or (BITS & 4 != 0 and slot < 4):
+        a = fours.to(tl.int16)
+    elif BITS & 4 != 0:
+        a = (fours >> 16).to(tl.int16)
+    elif BITS & 2 != 0:
+        a = twos
     else:
-        return 128.0
+        a = ones.to(tl.int16)
+    b = twos if BITS & 2 != 0 and BITS != 8 else a
+    c = ones.to(tl.int16) if BITS & 1 != 0 else a
+    return a, b, c
+
+
+@triton.jit
+def code_pairs(
+    fours, twos, ones, slot: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
+    EXPONENT: tl.constexpr, dtype: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Codes of a slot as bf16 or fp16, exact: integers plus `pair_base`, or small floats.
+
+    On the GPU two at a time, in a shift and one logic operation for each plane.
+    """
+    if INTERPRET:
+        code = code_of(fours, twos, ones, slot, BITS)
+        if KIND == "float":
+            return float_of(code, BITS, EXPONENT).to(dtype)
+        else:
+            return (code + pair_base(KIND, dtype)).to(tl.float32).to(dtype)
+    else:
+        a, b, c = plane_halves(fours, twos, ones, slot, BITS)
+        asm: tl.constexpr = pair_asm(KIND, BITS, EXPONENT, slot, dtype)
+        pairs = tl.inline_asm_elementwise(
+            asm, "=r,r,r,r", [a, b, c], dtype=tl.int16, is_pure=True, pack=2
+        )
+        return pairs.to(dtype, bitcast=True)
+
+
+@triton.jit
+def scaled_pairs(
+    fours, twos, ones, s, zero, slot: tl.constexpr, BITS: tl.constexpr, MID: tl.constexpr,
+    ZERO: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Integers of a slot times their scale, bf16, rounded once; s and zero from `group_scale`."""
+    if INTERPRET:
+        code = code_of(fours, twos, ones, slot, BITS) - MID
+        return (code.to(tl.float32) * s + group_offset(s, zero, MID, ZERO)).to(tl.bfloat16)
+    else:
+        a, b, c = plane_halves(fours, twos, ones, slot, BITS)
+        if ZERO == "int":
+            zero += pair_base("integer", tl.bfloat16)
+        s, zero = s.to(tl.bfloat16), zero.to(tl.bfloat16)
+        asm: tl.constexpr = pair_asm("integer", BITS, 0, slot, tl.bfloat16, MID, ZERO)
+        return tl.inline_asm_elementwise(
+            asm, "=r,r,r,r,r,r", [a, b, c, s, zero], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
 
 
 @triton.jit
@@ -160,48 +256,54 @@ def group_columns(
             return (begin + lanes) // GROUP
 
 
-@triton.jit
-def group_param(params, group, rows, mask, n_groups, N):
-    """Entries of params [G, N] for the tile, fp32: [BLOCK_N, 1], or [BLOCK_N, J] by column."""
-    inside = group < n_groups
-    offsets = group * N
-    if group.type.is_block():
-        pointers = params + (offsets[None, :] + rows[:, None])
-        value = tl.load(pointers, mask=mask[:, None] & inside[None, :], other=0)
-        return value.to(tl.float32)
-    else:
-        value = tl.load(params + (offsets + rows), mask=mask & inside, other=0)
-        return value.to(tl.float32)[:, None]
-
-
 @triton.constexpr_function
 def same_group(slot, KIND, GROUP, J):
-    """Whether all of this slot's columns lie in the group of the slot before."""
+    """Whether all columns of this slot lie in the group of all those of the slot before."""
     if slot == 0 or GROUP == 0:
         return GROUP == 0
     elif KIND == "sparse":
-        return GROUP % 128 == 0 and (slot % 4 != 0 or (slot // 4 * 128) % GROUP != 0)
+        return GROUP % 128 == 0 and (slot % 4 != 0 or GROUP % 256 == 0)
     else:
-        return GROUP % J == 0 and (slot * J) % GROUP != 0
+        whole = 256 % GROUP == 0 or GROUP % 256 == 0
+        return whole and GROUP % J == 0 and (slot * J) % GROUP != 0
+
+
+@triton.constexpr_function
+def group_ends(slot, SLOTS, KIND, GROUP, J):
+    """Whether the chunk or the group, of whole slots, ends with this slot."""
+    return slot == SLOTS - 1 or not same_group(slot + 1, KIND, GROUP, J)
 
 
 @triton.jit
 def group_scale(
-    scales, zeros, first, lanes, rows, row_ok, n_groups, N, slot: tl.constexpr,
-    KIND: tl.constexpr, MID: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr,
-    J: tl.constexpr,
+    scales, first, lanes, near, n_groups, N, slot: tl.constexpr, KIND: tl.constexpr,
+    ZERO: tl.constexpr, GROUP: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
-    """s and o of a tile: [BLOCK_N, 1], or [BLOCK_N, J] where groups do not fit the tile."""
-    group = group_columns(first, slot, lanes, KIND, GROUP, J)
-    s = group_param(scales, group, rows, row_ok, n_groups, N)
+    """s and the zero of a tile: [BLOCK_N, 1], or [BLOCK_N, J] where groups do not fit the tile.
+
+    `scales` [G, N]; with zeros, words of two bf16: the scale low, the zero high. Columns behind the
+    last group take its scale: no code there meets an x that is not 0.
+    """
+    group = tl.minimum(group_columns(first, slot, lanes, KIND, GROUP, J), n_groups - 1)
+    if group.type.is_block():
+        word = tl.load(scales + ((group * N)[None, :] + near[:, None]))
+    else:
+        word = tl.load(scales + (group * N + near))[:, None]
     if ZERO == "none":
+        s = word.to(tl.float32)
         return s, s * 0
     else:
-        zero = group_param(zeros, group, rows, row_ok, n_groups, N)
-        if ZERO == "float":
-            return s, zero
-        else:
-            return s, (MID - zero) * s
+        s = (word << 16).to(tl.float32, bitcast=True)
+        return s, (word & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def group_offset(s, zero, MID: tl.constexpr, ZERO: tl.constexpr):
+    """o of the formula above."""
+    if ZERO == "int":
+        return (MID - zero) * s
+    else:
+        return zero
 
 
 @triton.jit

@@ -15,7 +15,8 @@ class TritonWeight(nn.Module):
         planes: its codes (layout.py); of 8 bits and more: one plane [N, K].
         bits, exponent: of a code, and of its exponent where it is a small float.
         groupsize: columns that share a scale, 0: none do.
-        scales, zeros: [G, N]; zero says what the zeros are: "none", "int", "float".
+        scales, zeros: [G, N]; zero says what the zeros are: "none", "int", "float". With zeros,
+            both are exact in bf16 and lie in one int32, the scale low.
         inner: the group scales take the codes to int8 numbers.
         row_scales: [N], times the whole row.
         table: fp32, the value of each code.
@@ -35,8 +36,14 @@ class TritonWeight(nn.Module):
             if zero == "none" and not inner:
                 scales, row_scales, groupsize = None, scales[0], 0
         self.groupsize = 0 if scales is None else groupsize
+        if zeros is not None:
+            pair = torch.stack([scales.to(torch.bfloat16), zeros.to(torch.bfloat16)], -1)
+            scales = pair.view(torch.int32).squeeze(-1)
+        # Every tile of every product counts its finished splits; see products.py.
+        device = next(p for p in planes if p is not None).device
+        arrived = torch.zeros(-(-n // 16) + 8, dtype=torch.int32, device=device)
         tensors = dict(zip(("fours", "twos", "ones"), planes, strict=True))
-        tensors |= {"scales": scales, "zeros": zeros, "row_scales": row_scales, "table": table}
+        tensors |= {"scales": scales, "row_scales": row_scales, "table": table, "arrived": arrived}
         for name, tensor in tensors.items():
             tensor = None if tensor is None else tensor.contiguous()
             self.register_buffer(name, tensor, persistent=False)
@@ -51,13 +58,13 @@ class TritonWeight(nn.Module):
         rows = flat.shape[0]
         if self.kind == "sparse" and rows < DEQUANTIZE_ROWS:
             flat = sparse_columns(flat)
-        if self.exponent == 5 and x.dtype == torch.float16 and rows > 1:
+        if self.exponent == 5 and x.dtype == torch.float16:
             flat = flat.float()  # codes of 5 exponent bits pass fp16's largest number
         if x_scale is not None:
             x_scale = x_scale.float().expand(*x.shape[:-1], 1).reshape(-1).contiguous()
         y = torch.ops.flatllama.triton_linear(
-            flat, self.fours, self.twos, self.ones, self.scales, self.zeros, self.row_scales,
-            self.table, x_scale, bias, self.n, self.k, self.kind, self.bits, self.exponent,
+            flat, self.fours, self.twos, self.ones, self.scales, self.row_scales, self.table,
+            self.arrived, x_scale, bias, self.n, self.k, self.kind, self.bits, self.exponent,
             self.zero, self.groupsize, self.inner, dtype,
         )  # fmt: skip
         return y.view(*x.shape[:-1], self.n)
@@ -65,9 +72,9 @@ class TritonWeight(nn.Module):
 
 def float_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] times a bf16, fp16 or fp32 weight [N, K], plus the bias, for few rows."""
-    none = (None,) * 6
+    none = (None,) * 7
     y = torch.ops.flatllama.triton_linear(
-        x.flatten(0, -2), weight.contiguous(), *none, None, bias, *weight.shape, "plain", 8, 0,
+        x.flatten(0, -2), weight.contiguous(), *none, bias, *weight.shape, "plain", 8, 0,
         "none", 0, False, x.dtype,
     )  # fmt: skip
     return y.view(*x.shape[:-1], weight.shape[0])
