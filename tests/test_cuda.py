@@ -12,9 +12,11 @@ from backends import choose_kernels
 from errors import UserError
 from kernels import choice
 from kernels.cuda.layout import lane_planes, sparse_columns
+from kernels.fpx import float_values
 from kernels.packing import pack
 
 ROOT = Path(__file__).resolve().parent.parent
+FLOATS = [(e, m) for e in range(2, 6) for m in range(1, 8 - e)]  # exponent and mantissa bits
 SHARED = 99 * 1024  # bytes of shared memory that a program may have on every card from sm_80 on
 COMPILED = [  # what inspect_kernels.py's `cases` calls them, rows of x
     *((name, 1) for name in ("bf16", "int8", "int8dq", "float8", "fp6", "int4 g64", "uint3 g64",
@@ -86,6 +88,104 @@ def test_lanes():
         low, middle = (four >> 4 * slot) & 15, (two >> 2 * slot) & 3
         assert torch.equal(low | middle << 4 | ((one >> slot) & 1) << 6, codes[:, column])
     assert [p is None for p in lane_planes(pack(codes % 8, 3), 3, 300)] == [True, False, False]
+
+
+def floats(register: int, dtype: torch.dtype) -> torch.Tensor:
+    """The two halves of a 32-bit register, the low one first, fp64."""
+    halves = torch.tensor([register & 0xFFFF, register >> 16], dtype=torch.int32)
+    return halves.to(torch.uint16).view(dtype).double()
+
+
+def run_ptx(asm: str, registers: dict[str, int], dtype: torch.dtype) -> torch.Tensor:
+    """What the asm of tiles.py leaves in $0: the five instructions that it uses."""
+    registers = dict(registers)
+
+    def read(operand: str) -> int:
+        return registers[operand] if operand in registers else int(operand, 0)
+
+    for line in asm.strip("{} ").split(";")[1:-1]:
+        name, out, *operands = line.replace(",", " ").split()
+        a, *rest = map(read, operands)
+        name = name.split(".")[0]
+        if name == "mov":
+            value = a
+        elif name in ("shl", "shr"):
+            value = a << rest[0] if name == "shl" else a >> rest[0]
+        elif name == "lop3":
+            assert rest[2] == 0xEA
+            value = a & rest[0] | rest[1]
+        else:
+            assert name == "fma"
+            y = floats(a, dtype) * floats(rest[0], dtype) + floats(rest[1], dtype)
+            value = y.to(dtype).view(torch.uint16).int()
+            value = value[0].item() | value[1].item() << 16
+        registers[out] = value & 0xFFFFFFFF
+    return floats(registers["$0"], dtype)
+
+
+def pair_registers(codes: torch.Tensor, bits: int, slot: int) -> dict[str, int]:
+    """What two neighbouring lanes' codes [16] (a lane's 8, then the next's) make of $1 to $3."""
+    if bits == 8:
+        planes = [codes[::8].to(torch.int8)[None], None, None]
+    else:
+        columns = torch.zeros(1, 256, dtype=torch.uint8)
+        columns[0, ::32], columns[0, 1::32] = codes[:8], codes[8:]
+        planes = lane_planes(pack(columns, bits), bits, 256)
+    whole = [0 if p is None else [lane.item() for lane in p[0, :2]] for p in planes]
+    if bits < 8 and bits & 4 and slot >= 4:
+        whole[0] = [lane >> 16 for lane in whole[0]]
+    halves = [0 if w == 0 else (w[0] & 0xFFFF) | (w[1] & 0xFFFF) << 16 for w in whole]
+    return dict(zip(("$1", "$2", "$3"), halves, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_asm_of_pairs(dtype):
+    """The PTX that decodes codes in pairs, which the interpreter does not run, step by step."""
+    pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
+    import triton.language as tl
+
+    from kernels.cuda.tiles import pair_asm, pair_base
+
+    name = tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
+    base = pair_base.fn("integer", name)
+    floats_below_8 = [(e, m) for e, m in FLOATS if e < 5 or dtype == torch.bfloat16]
+    kinds = [("integer", bits, 0, None) for bits in range(1, 8)]
+    kinds += [("float", 1 + e + m, e, float_values(e, m)) for e, m in floats_below_8]
+    for kind, bits, exponent, values in kinds:
+        for slot in range(8 if bits < 8 else 1):
+            codes = torch.randint(0, 2**bits, (16,), dtype=torch.uint8)
+            registers = pair_registers(codes, bits, slot)
+            pair = codes[[slot, slot + 8]].long()
+            want = pair.double() + base if kind == "integer" else values[pair].double()
+            asm = pair_asm.fn(kind, bits, exponent, slot, name)
+            assert torch.equal(run_ptx(asm, registers, dtype), want), (kind, bits, slot)
+
+
+def test_asm_of_scaled_pairs():
+    pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
+    import triton.language as tl
+
+    from kernels.cuda.tiles import pair_asm
+
+    def register(value: torch.Tensor) -> int:
+        return (value.view(torch.uint16).item()) * 0x10001
+
+    for bits in range(1, 8):
+        for slot, mid in ((0, 2 ** (bits - 1)), (6, 2 ** (bits - 1))):
+            codes = torch.randint(0, 2**bits, (16,), dtype=torch.uint8)
+            pair = codes[[slot, slot + 8]].double()
+            scale, zero = torch.rand(2).bfloat16() / 10
+            integer = torch.randint(0, 2**bits, ()).bfloat16()
+            for kind, stored, want in (
+                ("none", zero, (pair - mid) * scale.double()),
+                ("float", zero, (pair - mid) * scale.double() + zero.double()),
+                ("int", integer + 128, (pair - integer.double()) * scale.double()),
+            ):
+                registers = pair_registers(codes, bits, slot)
+                registers |= {"$4": register(scale), "$5": register(stored)}
+                asm = pair_asm.fn("integer", bits, 0, slot, tl.bfloat16, mid, kind)
+                y = run_ptx(asm, registers, torch.bfloat16)
+                assert torch.equal(y, want.bfloat16().double()), (kind, bits, slot)
 
 
 def test_sparse_columns():
