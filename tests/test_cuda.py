@@ -96,8 +96,8 @@ def floats(register: int, dtype: torch.dtype) -> torch.Tensor:
     return halves.to(torch.uint16).view(dtype).double()
 
 
-def run_ptx(asm: str, registers: dict[str, int], dtype: torch.dtype) -> torch.Tensor:
-    """What the asm of tiles.py leaves in $0: the five instructions that it uses."""
+def run_ptx(asm: str, registers: dict[str, int], dtype: torch.dtype) -> int:
+    """What the asm of tiles.py leaves in $0: the six instructions that it uses."""
     registers = dict(registers)
 
     def read(operand: str) -> int:
@@ -111,6 +111,9 @@ def run_ptx(asm: str, registers: dict[str, int], dtype: torch.dtype) -> torch.Te
             value = a
         elif name in ("shl", "shr"):
             value = a << rest[0] if name == "shl" else a >> rest[0]
+        elif name == "prmt":
+            source = (a | rest[0] << 32).to_bytes(8, "little")
+            value = sum(source[rest[1] >> 4 * i & 7] << 8 * i for i in range(4))
         elif name == "lop3":
             assert rest[2] == 0xEA
             value = a & rest[0] | rest[1]
@@ -120,7 +123,7 @@ def run_ptx(asm: str, registers: dict[str, int], dtype: torch.dtype) -> torch.Te
             value = y.to(dtype).view(torch.uint16).int()
             value = value[0].item() | value[1].item() << 16
         registers[out] = value & 0xFFFFFFFF
-    return floats(registers["$0"], dtype)
+    return registers["$0"]
 
 
 def pair_registers(codes: torch.Tensor, bits: int, slot: int) -> dict[str, int]:
@@ -158,7 +161,34 @@ def test_asm_of_pairs(dtype):
             pair = codes[[slot, slot + 8]].long()
             want = pair.double() + base if kind == "integer" else values[pair].double()
             asm = pair_asm.fn(kind, bits, exponent, slot, name)
-            assert torch.equal(run_ptx(asm, registers, dtype), want), (kind, bits, slot)
+            y = floats(run_ptx(asm, registers, dtype), dtype)
+            assert torch.equal(y, want), (kind, bits, slot)
+
+
+def register(value: torch.Tensor) -> int:
+    """A 16-bit number in both halves."""
+    return value.view(torch.uint16).item() * 0x10001
+
+
+def test_asm_of_quads():
+    pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
+    from kernels.cuda.tiles import quad_asm
+
+    for slot in range(8):
+        codes = torch.randint(0, 16, (2, 16), dtype=torch.uint8)
+        codes[0, slot] = 0  # -8 times the largest scale, -127
+        first, second = (pair_registers(c, 4, slot)["$1"] for c in codes)
+        quad = codes[:, [slot, slot + 8]].flatten().double() - 8
+        for scale in (None, 1.0, 15.875, 2.5, torch.rand(()).item() * 15):
+            registers = {"$1": first, "$2": second}
+            want = quad
+            if scale is not None:
+                half = torch.tensor(scale).half()
+                registers |= {"$3": register(half), "$4": register(half)}
+                want = (quad * half.double()).round()
+            y = run_ptx(quad_asm.fn(slot, scale is not None), registers, torch.float16)
+            y = torch.tensor(list(y.to_bytes(4, "little")), dtype=torch.uint8).view(torch.int8)
+            assert torch.equal(y.double(), want), (slot, scale)
 
 
 def test_asm_of_scaled_pairs():
@@ -166,9 +196,6 @@ def test_asm_of_scaled_pairs():
     import triton.language as tl
 
     from kernels.cuda.tiles import pair_asm
-
-    def register(value: torch.Tensor) -> int:
-        return (value.view(torch.uint16).item()) * 0x10001
 
     for bits in range(1, 8):
         for slot, mid in ((0, 2 ** (bits - 1)), (6, 2 ** (bits - 1))):
@@ -184,7 +211,7 @@ def test_asm_of_scaled_pairs():
                 registers = pair_registers(codes, bits, slot)
                 registers |= {"$4": register(scale), "$5": register(stored)}
                 asm = pair_asm.fn("integer", bits, 0, slot, tl.bfloat16, mid, kind)
-                y = run_ptx(asm, registers, torch.bfloat16)
+                y = floats(run_ptx(asm, registers, torch.bfloat16), torch.bfloat16)
                 assert torch.equal(y, want.bfloat16().double()), (kind, bits, slot)
 
 

@@ -11,8 +11,8 @@ of codes are one 128-bit load. A code's bits lie in up to three planes, one per 
     1 bit    the next 1                                an int8
 
 so 6-bit codes take an int32 and an int16. A 2:4 lane holds two blocks of 4 columns, in the storage
-of 3-bit codes: the kept codes in the int16, their positions in the int8. Lane j of a chunk has its
-blocks j and 32 + j, and x is permuted to match (`sparse_columns`).
+of 3-bit codes: the kept codes in the int16, their highest bit flipped, their positions in the int8.
+Lane j of a chunk has its blocks j and 32 + j, and x is permuted to match (`sparse_columns`).
 
 Scales and zeros are [G, N]: neighbouring rows of a tile are neighbours in memory.
 """
@@ -60,7 +60,7 @@ def sparse_planes(weight: Tensor, positions: Tensor) -> list[Tensor | None]:
         return (x[:, :, 0] | x[:, :, 1] << shift).flatten(1)
 
     where = unpack(positions, 4, quads)
-    return [None, pairs(weight, 8).to(torch.int16), pairs(where, 4).to(torch.int8)]
+    return [None, pairs(weight ^ 0x88, 8).to(torch.int16), pairs(where, 4).to(torch.int8)]
 
 
 def sparse_columns(x: Tensor) -> Tensor:

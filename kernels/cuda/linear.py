@@ -42,7 +42,12 @@ class Product:
 
     @property
     def mid(self) -> int:
-        return 2 ** (self.bits - 1) if self.kind == "integer" else 0
+        return 2 ** (self.bits - 1) if self.integers else 0
+
+    @property
+    def integers(self) -> bool:
+        """Whether codes of less than 8 bits are evenly spaced."""
+        return self.kind == "sparse" or (self.kind == "integer" and self.bits < 8)
 
     def constants(self) -> dict:
         """What the template's device functions take."""
@@ -54,14 +59,15 @@ class Product:
     def ways(self, block_m: int) -> dict:
         """LATE and PAIRS, see products.matmul."""
         g, tile = self.group, 128 if self.kind == "sparse" else LANES
-        whole_slots = g % tile == 0 and (CHUNK % g == 0 or g % CHUNK == 0) if g else True
-        integers = self.kind == "integer" and self.bits < 8 and not self.inner
-        late = block_m <= LATE_ROWS and whole_slots and (integers or self.laned) and not self.inner
+        whole_slots = g == 0 or (g % tile == 0 and (CHUNK % g == 0 or g % CHUNK == 0))
+        if self.dtype == torch.int8:
+            return {"LATE": False, "PAIRS": self.integers and self.bits == 4}
         half = self.dtype in (torch.bfloat16, torch.float16)
+        late = block_m <= LATE_ROWS and whole_slots and (self.integers or g > 0)
         if g == 0:  # nothing to apply late but the base of pairs
-            late = late and integers and half
+            late = late and half
         scaled = g > 0 and self.dtype == torch.bfloat16
-        pairs = half and (self.kind == "float" or (integers and (late or scaled)))
+        pairs = half and (self.kind == "float" or (self.integers and (late or scaled)))
         return {"LATE": late, "PAIRS": pairs}
 
 
@@ -78,8 +84,6 @@ def blocks(product: Product, item: int) -> tuple[dict, dict]:
         warps, stages = (4, 3) if block_m == 32 else (8, 2)
     elif laned:
         block_n, warps, stages = 64 if block_m == 8 else 32, 2, 4
-        if product.kind == "sparse" and block_n == 64:  # as many registers as there are
-            warps = 4
     else:
         block_n, warps, stages = (16, 1, 6) if item == 2 else (32, 2, 5)
         constants["J"] = 128

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from kernels.cuda.tiles import (
     code_pairs,
+    code_quads,
     group_ends,
     group_offset,
     group_scale,
@@ -23,6 +24,7 @@ from kernels.cuda.tiles import (
     round_even,
     same_group,
     scaled_pairs,
+    sparse_codes,
     value_of,
 )
 
@@ -113,8 +115,9 @@ def matmul(
     BLOCK_N], and `arrived`, int32 zeros, one a tile, zeros again at the end.
     EVEN: no chunk ends behind the last column.
     LATE: a group's scale meets its sums, not every weight, so that the operands are exact.
-    PAIRS: codes come by `code_pairs`, those whose scale is not LATE by `scaled_pairs`. The sums of
-    x that bases and zeros ask for are a product with ones.
+    PAIRS: codes come by `code_pairs`, those whose scale is not LATE by `scaled_pairs`, those that
+    meet an int8 x by `code_quads`. The sums of x that bases and zeros ask for are a product with
+    ones.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -124,16 +127,20 @@ def matmul(
     start = (near.to(tl.int64) * width)[:, None] + lanes[None, :]
     x_start = x + ((m.to(tl.int64) * K)[None, :] + lanes[:, None])
     BASE: tl.constexpr = pair_base(KIND, x.dtype.element_ty) if PAIRS else 0
-    CENTRE: tl.constexpr = BASE + MID if PAIRS and KIND == "integer" else 0
+    CENTRE: tl.constexpr = BASE + MID if BASE != 0 else 0
     SUMS: tl.constexpr = LATE and (BASE != 0 or ZERO != "none")
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32 if INTEGER else tl.float32)
     units = tl.full([BLOCK_N, J], 1.0, tl.float32).to(x.dtype.element_ty)
     begin = split * chunks_per_split
     for chunk in tl.range(begin, tl.minimum(begin + chunks_per_split, n_chunks), num_stages=STAGES):
         mask = None if EVEN or SLOTS > 1 else (chunk * J + lanes < width)[None, :]
-        a = load_lanes(fours, start + chunk * J, mask)
-        b = load_lanes(twos, start + chunk * J, mask)
-        c = load_lanes(ones, start + chunk * J, mask)
+        if KIND == "sparse":
+            a = sparse_codes(tl.load(twos + start + chunk * J), tl.load(ones + start + chunk * J))
+            b, c = a, a
+        else:
+            a = load_lanes(fours, start + chunk * J, mask)
+            b = load_lanes(twos, start + chunk * J, mask)
+            c = load_lanes(ones, start + chunk * J, mask)
         first = chunk * (SLOTS * J)
         s, zero = 0.0, 0.0
         part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -167,7 +174,9 @@ def matmul(
                     part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
                     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             else:
-                if PAIRS and GROUP == 0:
+                if PAIRS and INTEGER:
+                    w = code_quads(a, s, slot, GROUP, INTERPRET)
+                elif PAIRS and GROUP == 0:
                     w = code_pairs(a, b, c, slot, KIND, BITS, EXPONENT, xk.dtype, INTERPRET)
                 elif PAIRS:
                     w = scaled_pairs(a, b, c, s, zero, slot, BITS, MID, ZERO, INTERPRET)
@@ -215,9 +224,13 @@ def dequantize(
     column = chunk * J + lanes
     offsets = near.to(tl.int64)[:, None] * width + column[None, :]
     mask = (column < width)[None, :]
-    a = load_lanes(fours, offsets, mask)
-    b = load_lanes(twos, offsets, mask)
-    c = load_lanes(ones, offsets, mask)
+    if KIND == "sparse":
+        a = sparse_codes(tl.load(twos + offsets), tl.load(ones + offsets))
+        b, c = a, a
+    else:
+        a = load_lanes(fours, offsets, mask)
+        b = load_lanes(twos, offsets, mask)
+        c = load_lanes(ones, offsets, mask)
     first = chunk * (SLOTS * J)
     s, zero = 0.0, 0.0
     for slot in tl.static_range(SLOTS):

@@ -11,7 +11,7 @@ KIND says what a code is:
     "float"     a small float: sign, EXPONENT bits, the rest mantissa; no infinity, no NaN
     "integer"   an unsigned number of BITS bits, taken minus MID
     "table"     an index into `table`, fp32
-    "sparse"    2:4 (sparse24.py), 4-bit integers minus 8
+    "sparse"    2:4 (sparse24.py), 4-bit integers minus MID once `sparse_codes` has spread them
 
 A code's value c becomes the weight w = c s + o, with a scale s and an offset o per row and group:
     ZERO "none"   o = 0
@@ -73,7 +73,7 @@ def float_of(code, BITS: tl.constexpr, EXPONENT: tl.constexpr):
 @triton.constexpr_function
 def pair_base(KIND, dtype):
     """What `code_pairs` adds to an integer: a power of two whose last mantissa bit counts 1."""
-    if KIND != "integer":
+    if KIND not in ("integer", "sparse"):
         return 0
     return 128 if dtype == tl.bfloat16 else 1024
 
@@ -111,7 +111,7 @@ def pair_asm(KIND, BITS, EXPONENT, slot, dtype, MID=0, ZERO=None):
     the planes. With a ZERO the result is scaled, rounded once: $4 is the scale, $5 the offset.
     """
     name, bias, mantissa = ("bf16", 127, 7) if dtype == tl.bfloat16 else ("f16", 15, 10)
-    above = (bias + mantissa) << mantissa if KIND == "integer" else 0  # 2^mantissa as a float
+    above = 0 if KIND == "float" else (bias + mantissa) << mantissa  # 2^mantissa as a float
     lines = [".reg .b32 t, u, a, b;", f"mov.b32 u, {above * 0x10001};"]
     for plane, shift, mask in pair_fields(KIND, BITS, EXPONENT, slot, dtype):
         lines.append(f"sh{'r' if shift >= 0 else 'l'}.b32 t, ${plane + 1}, {abs(shift)};")
@@ -201,14 +201,59 @@ def scaled_pairs(
         )
 
 
+@triton.constexpr_function
+def quad_asm(slot, SCALED):
+    """PTX: four neighbouring 4-bit codes as int8, minus 8 and, SCALED, times $3 rounded to even.
+
+    In fp16, where adding 1536 rounds to an integer and leaves it in the low byte.
+    """
+    lines = [".reg .b32 t, u, v, a, b, c;"]
+    constants = {"a": 0x3C00, "b": 0xE408 if SCALED else 0x5FE0, "c": 0x6600}  # 1, -1032 or 504
+    lines += [f"mov.b32 {name}, {value * 0x10001};" for name, value in constants.items()]
+    for out, source in (("u", "$1"), ("v", "$2")):
+        lines.append(f"shr.b32 t, {source}, {4 * (slot % 4)};")
+        lines.append(f"mov.b32 {out}, {0x64006400};")
+        lines.append(f"lop3.b32 t, t, {0x000F000F}, {out}, 0xEA;")
+        lines.append(f"fma.rn.f16x2 {out}, t, a, b;")
+        if SCALED:
+            lines.append(f"fma.rn.f16x2 {out}, {out}, {'$3' if out == 'u' else '$4'}, c;")
+    lines.append(f"prmt.b32 $0, u, v, {0x6420};")
+    return "{ " + " ".join(lines) + " }"
+
+
 @triton.jit
-def sparse_of(codes, positions, slot: tl.constexpr):
-    """Column slot % 4 of block slot // 4 of each lane: its 4-bit integer, or 0. int32."""
-    both = codes.to(tl.int32) >> (8 * (slot // 4))
-    where = positions.to(tl.int32) >> (4 * (slot // 4))
-    first = tl.where((where & 3) == slot % 4, both & 15, 8)
-    second = ((where >> 2) & 3) == slot % 4
-    return tl.where(second, (both >> 4) & 15, first) - 8
+def code_quads(fours, s, slot: tl.constexpr, GROUP: tl.constexpr, INTERPRET: tl.constexpr):
+    """4-bit codes of a slot minus 8, times the scale of their group if there is one, as int8."""
+    if INTERPRET:
+        c = code_of(fours, fours, fours, slot, 4) - 8
+        if GROUP == 0:
+            return c.to(tl.int8)
+        else:
+            return round_even(c.to(tl.float32) * s).to(tl.int8)
+    else:
+        a = plane_halves(fours, fours, fours, slot, 4)[0]
+        if GROUP == 0:
+            asm: tl.constexpr = quad_asm(slot, False)
+            return tl.inline_asm_elementwise(
+                asm, "=r,r,r", [a], dtype=tl.int8, is_pure=True, pack=4
+            )
+        else:
+            asm: tl.constexpr = quad_asm(slot, True)
+            return tl.inline_asm_elementwise(
+                asm, "=r,r,r,r,r", [a, s.to(tl.float16)], dtype=tl.int8, is_pure=True, pack=4
+            )
+
+
+@triton.jit
+def sparse_codes(codes, positions):
+    """The 8 codes of a 2:4 lane, 4 bits each like those of other lanes, pruned ones 8. int32.
+
+    `codes` come with their highest bit flipped: what is not there is 0.
+    """
+    code, where = codes.to(tl.int32), positions.to(tl.int32)
+    low = ((code & 15) << ((where << 2) & 12)) ^ (((code >> 4) & 15) << (where & 12))
+    high = ((code >> 8) & 15) << (((where >> 2) & 12) | 16)
+    return low ^ high ^ (((code >> 12) & 15) << (((where >> 4) & 12) | 16)) ^ -2004318072
 
 
 @triton.jit
@@ -221,8 +266,6 @@ def value_of(
         return fours
     elif KIND == "e4m3":
         return fours.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    elif KIND == "sparse":
-        return sparse_of(twos, ones, slot)
     else:
         code = code_of(fours, twos, ones, slot, BITS)
         if KIND == "float":
