@@ -186,7 +186,7 @@ class CodedLinear(QuantizedLinear):
             self.tile_zeros = interleave_rows(zeros, 1)
 
     def multiply(self, x: Tensor) -> Tensor:
-        return self.reference(x) if self.tiles is None else self.product(x, self.bias)
+        return self.reference(x) if self.tiles is None else self.product(x)
 
     def native_form(self) -> NativeForm | None:
         if self.tiles is None:
@@ -201,11 +201,11 @@ class CodedLinear(QuantizedLinear):
             int(self.planes), int(native.exact_activations()),
         ]  # fmt: skip
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         """The product of the tiles."""
         return torch.ops.flatllama.coded_linear(
             x, self.tiles, self.tile_scales, self.tile_zeros, self.tile_positions, self.lookup,
-            bias, self.out_features, self.in_features, self.bits, self.groupsize,
+            self.bias, self.out_features, self.in_features, self.bits, self.groupsize,
             self.exponent_bits, self.activations, self.planes, native.exact_activations(),
         )  # fmt: skip
 
@@ -238,9 +238,9 @@ class IntegerProduct:
             self.weight, scales, self.in_features, self.tile_groupsize
         )
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         return torch.ops.flatllama.int4dq_linear(
-            x, self.tiles, self.tile_scales, bias, self.out_features, self.in_features,
+            x, self.tiles, self.tile_scales, self.bias, self.out_features, self.in_features,
             self.tile_groupsize,
         )  # fmt: skip
 

@@ -110,7 +110,7 @@ class Float8DynamicRowLinear(Float8Linear):
 
     def multiply(self, x: Tensor) -> Tensor:
         if self.tiles is not None:
-            return self.product(x, self.bias)
+            return self.product(x)
         q, scale = self.quantize_input(x)
         if self.has_scaled_mm():
             return self.scaled_mm(q, scale, x.dtype)
