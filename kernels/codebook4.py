@@ -72,24 +72,23 @@ class CodebookGrid(Grid):
         self.codebook: Tensor | None = None
 
     def learn(self, pieces: Iterable[Tensor]) -> None:
-        """The 16 values, from a seeded sample of all weights."""
-        generator, values, weights = torch.Generator().manual_seed(0), [], []
+        """The 16 values, from a seeded sample of all weights: of each piece its share."""
+        generator, seen, sample = torch.Generator().manual_seed(0), 0, torch.empty(2, 0)
 
-        def some(count: int) -> Tensor:
-            chosen = torch.randperm(count, generator=generator, device="cpu")
-            return chosen[:SAMPLE].to(piece.device)
+        def some(count: int, most: int) -> Tensor:
+            return torch.randperm(count, generator=generator, device="cpu")[:most]
 
         for piece in pieces:
             w = piece.float()
             scales = affine.block_expand(
                 group_scales(w, self.groupsize), (1, self.groupsize), w.shape
             )
-            chosen = some(w.numel())
-            values.append((w / scales).flatten()[chosen])
-            weights.append(scales.square().flatten()[chosen])
-        values, weights = torch.cat(values), torch.cat(weights)
-        chosen = some(len(values))
-        self.codebook = kmeans_1d(values[chosen], weights[chosen], 16)
+            points = torch.stack([w / scales, scales.square()]).flatten(1)  # values and weights
+            seen += w.numel()
+            new = some(w.numel(), -(-SAMPLE * w.numel() // seen))
+            old = some(sample.shape[1], SAMPLE - len(new))
+            sample = torch.cat([sample[:, old].to(points), points[:, new]], 1)
+        self.codebook = kmeans_1d(*sample, 16)
 
     def shared(self) -> Params:
         return {"codebook": self.codebook}

@@ -9,7 +9,7 @@ import checkpoint as ckpt
 from calibration import InputStatistics
 from errors import UserError
 from gptq import gptq
-from kernels import native
+from kernels import codebook4, native
 from kernels.activations import int8_asymmetric
 from kernels.formats import FORMATS
 from kernels.fpx import FLOAT_FORMATS, float_values
@@ -397,6 +397,26 @@ def test_codebook_learns_few_values_exactly():
     w[:, ::64] = -0.25  # the scale is the magnitude, whatever the sign
     module, *_ = quantized("codebook4", w)
     assert torch.allclose(module.dequantize(), w, atol=1e-6)
+
+
+def test_codebook_learns_from_a_bounded_sample(monkeypatch):
+    """However many pieces there are; each has its share in it, told by its scale."""
+    monkeypatch.setattr(codebook4, "SAMPLE", 1000)
+    sizes, cat, learned = [], torch.cat, []
+
+    def spied(tensors, *dim):
+        sizes.append(sum(t.numel() for t in tensors))
+        return cat(tensors, *dim)
+
+    monkeypatch.setattr(torch, "cat", spied)
+    monkeypatch.setattr(codebook4, "kmeans_1d", lambda values, weights, n: learned.append(weights))
+    codebook4.CodebookGrid(64).learn(
+        torch.full((2 if i == 19 else 20, 64), 2.0**i) for i in range(20)
+    )
+    (weights,) = learned
+    shares = [(weights == 4.0**i).sum().item() / 1000 for i in range(20)]
+    assert len(weights) == 1000 and max(sizes) <= 2000
+    assert shares == pytest.approx([20 / 382] * 19 + [2 / 382], abs=0.02)
 
 
 def test_sparse_keeps_the_two_largest_of_four():
