@@ -132,10 +132,13 @@ class CheckpointQuantizer:
         self.specs = {n: (state[n].dtype, list(state[n].shape)) for n in ckpt.tensor_names(target)}
         ckpt.check_specs(source, source_model := ckpt.build_model(config, {}, source.dtype),
                          ckpt.tensor_names(source_model))  # fmt: skip
+        names = {dtype: name for name, dtype in FLOAT_MODES.items()}
+        kept = head.format in FLOAT_MODES  # in the dtype of the rest, whichever head_mode names
         self.header = {
             "version": ckpt.VERSION, "mode": str(mode), "groupsize": mode.groupsize,
             "algorithm": {"name": mode.algorithm or "rtn", **self.options, **(calibration or {})},
-            "lm_head": str(head), "layers": self.layers, "config": config.to_dict(),
+            "lm_head": names[self.dtype] if kept else str(head), "layers": self.layers,
+            "config": config.to_dict(),
         }  # fmt: skip
         self.writer = ckpt.Writer(output, self.specs, self.header)
 

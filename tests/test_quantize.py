@@ -19,7 +19,7 @@ from errors import UserError
 from huggingface import config_from_hf, hf_names
 from kernels.formats import FORMATS
 from model import CONFIGS, Transformer
-from modes import head_mode, mode_names, parse_mode
+from modes import FLOAT_MODES, head_mode, mode_names, parse_mode
 from quantize import CheckpointQuantizer, quantize_, quantize_linear
 from random_weights import random_model
 
@@ -127,6 +127,14 @@ def test_float_modes_convert(tmp_path, mode):
     model = load_model(open_checkpoint(tmp_path / "f.safetensors"))
     assert model.norm.weight.dtype == {"fp32": torch.float32, "fp16": torch.float16}[mode]
     assert torch.equal(model.norm.weight.float(), reference.model.norm.weight.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_header_names_the_dtype_of_a_kept_head(tmp_path, dtype):
+    source, mode = open_checkpoint(save_tiny(tmp_path, dtype)[0]), parse_mode("int8")
+    path = tmp_path / "q.safetensors"
+    CheckpointQuantizer(source, mode, head_mode(mode, "keep"), path).run()
+    assert FLOAT_MODES[open_checkpoint(path).header["lm_head"]] == dtype
 
 
 def test_random_model_runs():
