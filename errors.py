@@ -126,7 +126,7 @@ def _terminate(*_) -> None:
 
 def cli(main: Callable[[], None]) -> None:
     """Run a script's `main`: exit 2 with one line on a `UserError`, an `OSError` or a lack of
-    memory, 130 on Ctrl-C.
+    memory, 130 on Ctrl-C. Of torchrun's processes that lose one another only the first says so.
 
     SIGTERM cleans up as Ctrl-C does, but where torchrun ends processes that wait for each other.
     """
@@ -147,6 +147,10 @@ def cli(main: Callable[[], None]) -> None:
         sys.exit(130)
     except BaseException as error:
         sys.stderr = _stderr or sys.stderr  # for the traceback
+        if "gloo/transport" in str(error):  # the process that ended has said why, if it could
+            if first_rank():
+                print("error: lost the connection to another process", file=sys.stderr)
+            sys.exit(2)
         lack = ("can't allocate memory", "out of memory")  # torch raises a RuntimeError
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in lack):
             raise

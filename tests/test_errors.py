@@ -31,6 +31,15 @@ def test_an_error_of_the_system_is_one_line():
         assert process.stderr.read().count("\n") == 1 and process.wait() == 2
 
 
+@pytest.mark.parametrize("rank, lines", [(0, 1), (1, 0)])
+def test_processes_that_lose_another(rank, lines):
+    """In the words of gloo; whose fault it was is told where it failed."""
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": str(rank)}
+    error = "RuntimeError('[gloo/gloo/transport/tcp/pair.cc:537] Connection reset by peer')"
+    with start(f"raise {error}", env=environment) as process:
+        assert process.stderr.read().count("\n") == lines and process.wait() == 2
+
+
 def test_text_that_stdout_cannot_show():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     with start("print('caf\\xe9')", env=environment) as process:

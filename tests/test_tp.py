@@ -130,15 +130,17 @@ def test_the_command_line_and_a_rank_that_dies(tmp_path):
         "import os, sys, time, torch, tp\nfrom errors import UserError, cli\n"
         "def main():\n"
         "    ranks = tp.start('cpu')\n"
-        "    if ranks.rank == 1:\n"
+        "    if ranks.rank == int(sys.argv[1]):\n"
         "        raise UserError('the disk of this rank is gone')\n"
         "    ranks.reduce(torch.ones(1))\n"
         "    time.sleep(3000)\n"
         "cli(main)\n"
     )
-    done = torchrun(2, script)  # and not only after rank 0 is done
-    assert done.returncode != 0
-    assert "rank 1: error: the disk of this rank is gone" in done.stderr
+    for rank, prefix in ((1, "rank 1: "), (0, "")):
+        done = torchrun(2, script, rank)  # and not only after the other is done
+        assert done.returncode != 0
+        assert f"{prefix}error: the disk of this rank is gone" in done.stderr
+        assert "[rank" not in done.stderr  # how a process begins the lines of a traceback
 
 
 def test_world_sizes_that_do_not_divide_the_heads():
