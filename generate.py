@@ -338,10 +338,11 @@ def check(args: argparse.Namespace) -> None:
             inputs |= open_checkpoint(args.draft_checkpoint_path).own_files()
         check_outputs(args.json, replaced=args.profile, inputs=inputs)
     if args.package:
-        others = ("compile", "compile_prefill", "draft_checkpoint_path", "prompt_lookup",
-                  "cache_size")  # fmt: skip
+        others = ("compile", "compile_prefill", "draft_checkpoint_path", "prompt_lookup")
         if given := [name for name in others if getattr(args, name)]:
-            raise UserError(f"--package is compiled already, for one cache: leave --{given[0]} out")
+            raise UserError(f"--package is compiled and does not guess: leave --{given[0]} out")
+        if args.cache_size:
+            raise UserError("the cache of --package is that of its export: leave --cache_size out")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("--package runs in one process: leave torchrun out")
 

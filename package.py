@@ -160,6 +160,9 @@ class Package:
             self.steps = {DECODE: decode, **{name: load_step(path, name) for name in names}}
         except (LookupError, TypeError, ValueError, RuntimeError, OSError, BadZipFile) as error:
             reason = str(error).strip().splitlines()[0]
+            if "schema for flatllama" in reason:
+                reason = f"--kernels {kernels()} does not load its kernels here: choose others"
+                raise UserError(f"{path}: {reason}, or run scripts/export.py again") from None
             raise UserError(f"{path} is no package of scripts/export.py: {reason}") from None
 
     def check(self, device: torch.device, batch: int, kv_cache: str) -> None:

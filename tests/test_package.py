@@ -105,5 +105,7 @@ def test_command_lines(tmp_path):
     for extra in (["--compile"], ["--prompt_lookup"], ["--cache_size", 64]):
         done = call("generate.py", *flags, "--package", out, *extra)
         assert done.returncode == 2 and f"leave {extra[0]} out" in done.stderr
+    done = call("generate.py", *flags, "--package", out, "--kernels", "inductor")
+    assert done.returncode == 2 and "--kernels inductor does not load" in done.stderr
     done = call("generate.py", *flags, "--package", out, "--max_new_tokens", 100)
     assert done.returncode == 2 and "context of 64" in done.stderr
