@@ -30,7 +30,7 @@ import bench_start
 from bench_report import Row, plot, pyplot, table
 from checkpoint import Checkpoint, open_checkpoint
 from engine import COMPILE_MODES
-from errors import UserError, check_device, check_outputs, cli, progress, write_json
+from errors import UserError, check_device, check_outputs, check_threads, cli, progress, write_json
 from kernels.choice import KERNELS
 from model import CONFIGS, KV_CACHES
 from modes import FLOAT_MODES, Mode, head_mode, mode_names, parse_mode
@@ -267,6 +267,7 @@ def parse_args() -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Refuse what cannot work before the long part begins."""
     check_device(args.device)
+    check_threads(args.threads)
     if args.max_new_tokens <= MIN_STEPS:
         raise UserError(f"--max_new_tokens {args.max_new_tokens}: at least {MIN_STEPS + 1}, "
                         f"because {MIN_STEPS} steps are timed")  # fmt: skip
@@ -274,8 +275,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--repeats and --prompt must be at least 1")
     if args.random_weights and (args.text or args.checkpoint_path):
         raise UserError("--random_weights goes without --checkpoint_path and --text")
-    if min(n for n in (args.threads, args.limit, args.seq_length - 1, 1) if n is not None) < 1:
-        raise UserError("--threads and --limit must be at least 1, --seq_length at least 2")
+    if args.seq_length < 2 or (args.limit is not None and args.limit < 1):
+        raise UserError("--limit must be at least 1, --seq_length at least 2")
     own = set() if args.random_weights else open_checkpoint(args.checkpoint_path).own_files()
     check_outputs(args.json, args.plot, inputs={args.text, *own})
     if args.text and not args.text.is_file():

@@ -253,9 +253,8 @@ def parse_args(kind: str, argv: list[str]) -> argparse.Namespace:
     add("--json", type=Path, help="write the rows here")
     add("--plot", type=Path, metavar="FILE.png")
     args = parser.parse_args(argv)
-    numbers = [
-        v for name, v in vars(args).items() if type(v) is int and name not in ("seed", "groupsize")
-    ]
+    others = ("seed", "groupsize", "threads")
+    numbers = [v for name, v in vars(args).items() if type(v) is int and name not in others]
     if min([*numbers, *getattr(args, "batch_sizes", [])]) < 1:
         raise UserError("sizes and counts must be at least 1")
     if not -(2**63) <= args.seed < 2**63:

@@ -20,7 +20,7 @@ import torch
 
 from bench_report import markdown
 from checkpoint import open_checkpoint
-from errors import UserError, check_outputs, progress, write_json
+from errors import UserError, check_outputs, check_threads, progress, write_json
 from measure import device_name
 
 PROMPT = "Once upon a time"
@@ -82,6 +82,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     """Measure, print the table, write the JSON."""
     args = parse_args(argv)
+    check_threads(args.threads)
     if args.repeats < 1:
         raise UserError("--repeats must be at least 1")
     if not args.package.is_file():

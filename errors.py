@@ -30,6 +30,13 @@ def check_device(device: str) -> None:
         raise UserError(f"no device {device!r} here; there is {', '.join(kinds)}")
 
 
+def check_threads(threads: int | None) -> None:
+    """A UserError for more than there are processors, of which too many crash OpenMP, or none."""
+    most = os.cpu_count() or 1
+    if threads is not None and not 1 <= threads <= most:
+        raise UserError(f"--threads {threads}: take 1 to {most}, this machine's processors")
+
+
 def progress(text: str) -> None:
     """Show `text` on stderr: in place on a terminal ("" clears it), else one line each."""
     if sys.stderr.isatty():

@@ -23,6 +23,7 @@ from errors import (
     UserError,
     check_device,
     check_outputs,
+    check_threads,
     cli,
     first_rank,
     progress,
@@ -83,14 +84,13 @@ def load(args: argparse.Namespace, random_name: str | None = None):
     Of the processes of torchrun each gets its share (tp.py).
     """
     check_device(args.device)
+    check_threads(args.threads)
     dtype, mode = asked_for(args)
     if random_name is not None and args.checkpoint_path:
         raise UserError("--random_weights needs no --checkpoint_path: take one of them")
     choose_kernels(args.kernels, args.device)
     ranks = tp.start(args.device)
     if args.threads is not None:
-        if args.threads < 1:
-            raise UserError(f"--threads {args.threads}: must be at least 1")
         torch.set_num_threads(args.threads)
     if args.device == "cpu" and args.kernels == "auto":
         native.exact_activations(args.exact_activations or None)

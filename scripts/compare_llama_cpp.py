@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import checkpoint_entry, run_script
 from checkpoint import open_checkpoint
-from errors import UserError, check_outputs, cli, progress, write_json
+from errors import UserError, check_outputs, check_threads, cli, progress, write_json
 from measure import device_name
 from modes import parse_mode
 
@@ -103,8 +103,9 @@ def main() -> None:
     """Make the checkpoints, take the turns, print and write the ratios."""
     args = parse_args()
     check_outputs(args.json)
-    if args.turns < 1 or args.threads < 1:
-        raise UserError("--turns and --threads must be at least 1")
+    check_threads(args.threads)
+    if args.turns < 1:
+        raise UserError("--turns must be at least 1")
     for path in (args.llama_bench, *(args.gguf / f"{file}.gguf" for _, _, file in PAIRS)):
         if not path.is_file():
             raise UserError(f"no file at {path}")

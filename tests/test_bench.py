@@ -195,6 +195,8 @@ def test_random_weights(tmp_path):
         (["--text", "absent.txt"], "absent.txt"),
         (["--random_weights", "tiny", "--text", "x"], "--random_weights"),
         (["--repeats", "0"], "at least 1"),
+        (["--threads", "-1"], "--threads -1: take 1 to"),
+        (["start", "--package", "x.pt2", "--threads", "100000"], "--threads 100000: take 1 to"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, monkeypatch, capsys):

@@ -157,6 +157,7 @@ def test_command_line(tiny, tmp_path):
         (["--text", "absent.txt"], "absent.txt"),
         (["--seq_length", "100000"], "window"),
         (["--quantization", "int9"], "unknown mode"),
+        (["--threads", "100000"], "--threads 100000: take 1 to"),
     ],
 )
 def test_bad_input_is_one_line(tiny, arguments, message, monkeypatch, capsys):

@@ -129,6 +129,7 @@ def test_chat_keeps_the_conversation(run, default_model, monkeypatch):
         (["--prompt", "5", "--quantization", "int7"], "unknown mode"),
         (["--prompt", "5", "--quantization", "int4-gptq"], "calibrat"),
         (["--prompt", "5", "--threads", "0"], "--threads 0"),
+        (["--prompt", "5", "--threads", "100000"], "--threads 100000: take 1 to"),
         (["--prompt", "5", "--quantization", "fp16"], "take one"),  # and --precision fp32
         (["--prompt", "5", "--groupsize", "64"], "--groupsize"),
         (["--prompt", "5", "--compile_prefill"], "goes with --compile"),
