@@ -27,7 +27,7 @@ import torch
 
 import bench_serving
 import bench_start
-from bench_report import Row, plot, pyplot, table
+from bench_report import Row, check_plot, plot, table
 from checkpoint import Checkpoint, open_checkpoint
 from engine import COMPILE_MODES
 from errors import UserError, check_device, check_outputs, check_threads, cli, progress, write_json
@@ -268,6 +268,9 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what cannot work before the long part begins."""
     check_device(args.device)
     check_threads(args.threads)
+    if args.plot and not args.text:
+        raise UserError("--plot draws against perplexity: give --text")
+    check_plot(args.plot)
     if args.max_new_tokens <= MIN_STEPS:
         raise UserError(f"--max_new_tokens {args.max_new_tokens}: at least {MIN_STEPS + 1}, "
                         f"because {MIN_STEPS} steps are timed")  # fmt: skip
@@ -281,12 +284,6 @@ def check(args: argparse.Namespace) -> None:
     check_outputs(args.json, args.plot, inputs={args.text, *own})
     if args.text and not args.text.is_file():
         raise UserError(f"no text file at {args.text}")
-    if args.plot:
-        if not args.text:
-            raise UserError("--plot draws against perplexity: give --text")
-        if args.plot.suffix not in (".png", ".pdf", ".svg"):
-            raise UserError(f"--plot {args.plot}: a .png, .pdf or .svg file")
-        pyplot()
 
 
 def shared_flags(args: argparse.Namespace) -> list[str]:

@@ -65,6 +65,15 @@ def pyplot():
     return plt
 
 
+def check_plot(path: Path | None) -> None:
+    """A UserError, before the work begins, if no plot can be drawn into the file."""
+    if path is None:
+        return
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--plot {path}: a .png, .pdf or .svg file")
+    pyplot()
+
+
 def plot(rows: list[Row], path: Path, title: str = "") -> None:
     """Draw tokens/s and model size against perplexity, a labelled point for each row.
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from bench_report import markdown, pyplot, save
+from bench_report import check_plot, markdown, pyplot, save
 from checkpoint import open_checkpoint
 from engine import (
     BUCKETS,
@@ -251,7 +251,7 @@ def parse_args(kind: str, argv: list[str]) -> argparse.Namespace:
     else:
         add("--max_new_tokens", type=int, default=64)
     add("--json", type=Path, help="write the rows here")
-    add("--plot", type=Path, metavar="FILE.png")
+    add("--plot", type=Path, metavar="FILE", help="draw the rows: a .png, .pdf or .svg file")
     args = parser.parse_args(argv)
     others = ("seed", "groupsize", "threads")
     numbers = [v for name, v in vars(args).items() if type(v) is int and name not in others]
@@ -273,10 +273,9 @@ def parse_args(kind: str, argv: list[str]) -> argparse.Namespace:
 def main(kind: str, argv: list[str]) -> None:
     """`kind` is throughput, latency or position."""
     args = parse_args(kind, argv)
+    check_plot(args.plot)
     own = set() if args.random_weights else open_checkpoint(args.checkpoint_path).own_files()
     check_outputs(args.json, args.plot, inputs=own)
-    if args.plot:
-        pyplot()
     model, mode, _ = load(args, args.random_weights)
     if getattr(args, "compile", True):
         configure_compiler()

@@ -117,6 +117,14 @@ def test_outputs_never_replace_inputs(run, tiny):
     assert (tiny / "config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("arguments", [["throughput"], ["position"], ["--text", "absent.txt"]])
+def test_a_plot_of_another_kind_is_refused_before_the_work(arguments, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *arguments, "--plot", "x.xyz"])
+    monkeypatch.setattr(bench_serving, "load", lambda *args: pytest.fail("the work began"))
+    with pytest.raises(UserError, match=r"x\.xyz: a \.png, \.pdf or \.svg file"):
+        bench.main()
+
+
 @pytest.mark.parametrize(
     "kind, args, message",
     [
