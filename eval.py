@@ -163,9 +163,9 @@ def run_tasks(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace
     except ImportError as error:
         raise UserError(f"--tasks needs lm_eval ({error}): pip install 'lm_eval>=0.4.9'") from None
     results, table = evaluate(
-        model, tokenizer, args.tasks, batch=args.batch_size, max_length=args.max_length,
-        limit=args.limit, fewshot=args.num_fewshot, include_path=args.include_path,
-        kv_cache=args.kv_cache, compiled=args.compile,
+        model, tokenizer, args.tasks, batch=8 if args.batch_size is None else args.batch_size,
+        max_length=args.max_length, limit=args.limit, fewshot=args.num_fewshot,
+        include_path=args.include_path, kv_cache=args.kv_cache, compiled=args.compile,
     )  # fmt: skip
     print(table)
     return results
@@ -189,7 +189,7 @@ def parse_args() -> argparse.Namespace:
     add("--tasks", nargs="+", metavar="TASK", help="of lm_eval, such as wikitext hellaswag")
     add("--include_path", type=Path, help="a folder of further lm_eval tasks")
     add("--num_fewshot", type=int, help="examples in the context of a task; default: the task's")
-    add("--batch_size", type=int, default=8, help="sequences that run together in tasks")
+    add("--batch_size", type=int, help="sequences that run together in tasks; default: 8")
     add("--max_length", type=int, help="context in tasks, in tokens; default: the model's")
     add("--kv_cache", choices=KV_CACHES, default="bf16")
     add("--compile", action="store_true", help="compile the forward pass")
@@ -224,6 +224,9 @@ def main() -> None:
     args = parse_args()
     if args.reference and args.tasks and not args.text:
         raise UserError("--reference compares on a text: give --text beside --tasks")
+    others = ("include_path", "num_fewshot", "batch_size", "max_length")
+    if not args.tasks and (given := [n for n in others if getattr(args, n) is not None]):
+        raise UserError(f"--{given[0]} is of --tasks: give tasks, or leave it out")
     if args.json:
         inputs = {args.text} | open_checkpoint(args.checkpoint_path).own_files()
         if args.reference:

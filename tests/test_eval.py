@@ -157,6 +157,8 @@ def test_command_line(tiny, tmp_path):
         (["--text", "absent.txt"], "absent.txt"),
         (["--seq_length", "100000"], "window"),
         (["--quantization", "int9"], "unknown mode"),
+        (["--max_length", "64"], "--max_length is of --tasks"),
+        (["--batch_size", "4"], "--batch_size is of --tasks"),
         (["--threads", "100000"], "--threads 100000: take 1 to"),
     ],
 )
