@@ -30,7 +30,7 @@ from backends import choose_kernels
 from checkpoint import Checkpoint, load_model, read_json, repack
 from engine import Engine, Sampling
 from errors import UserError, written_whole
-from modes import FLOAT_MODES, Mode, parse_mode, quantize_linear
+from modes import FLOAT_MODES, Mode, parse_grouped, quantize_linear
 
 WORKING_SET = 2**27  # bytes of weights that one timed pass goes through
 SAMPLE = 64  # inputs of a layer that its signal-to-noise ratio is measured on
@@ -56,7 +56,7 @@ class Plan:
     def modes(self) -> dict[str, Mode]:
         """The mode of every layer that is quantized."""
         try:
-            parsed = {name: candidate_mode(layer["mode"]) for name, layer in self.layers.items()}
+            parsed = {name: parse_grouped(layer["mode"]) for name, layer in self.layers.items()}
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"the plan's layers are malformed ({error!r})") from None
         return {name: mode for name, mode in parsed.items() if mode.format not in FLOAT_MODES}
@@ -74,14 +74,6 @@ class Plan:
             raise UserError(f"{path} is no plan ({error})") from None
         plan.modes()
         return plan
-
-
-def candidate_mode(text: str) -> Mode:
-    """int4:64 -> the Mode int4 in groups of 64."""
-    name, _, size = text.partition(":")
-    if size and not size.isdecimal():
-        raise UserError(f"mode {text!r}: after the colon comes a group size, as in int4:64")
-    return parse_mode(name, int(size) if size else None)
 
 
 @dataclass
@@ -120,7 +112,7 @@ def record(linears: dict[str, nn.Linear], run: Callable[[], object]) -> dict[str
 
 def candidate(linear: nn.Linear, text: str) -> nn.Module:
     """The layer in a candidate's mode, not yet repacked."""
-    mode = candidate_mode(text)
+    mode = parse_grouped(text)
     return linear if mode.format in FLOAT_MODES else quantize_linear(linear, mode)
 
 

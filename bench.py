@@ -33,7 +33,7 @@ from engine import COMPILE_MODES
 from errors import UserError, check_device, check_outputs, check_threads, cli, progress, write_json
 from kernels.choice import KERNELS
 from model import CONFIGS, KV_CACHES
-from modes import FLOAT_MODES, Mode, head_mode, mode_names, parse_mode
+from modes import FLOAT_MODES, Mode, head_mode, mode_names, parse_grouped, parse_mode
 from quantize import default_output
 
 HERE = Path(__file__).parent
@@ -79,12 +79,9 @@ def read_modes(names: list[str], groupsize: int | None) -> list[Mode | Path]:
         if name.endswith(".safetensors"):
             parsed.append(Path(name))
             continue
-        text, _, size = name.partition(":")
-        if size and not size.isdecimal():
-            raise UserError(f"mode {name!r}: after the colon comes a group size, as in int4:128")
-        mode = parse_mode(text, int(size) if size else None)
-        if not size and mode.groupsize is not None:
-            mode = parse_mode(text, groupsize)
+        mode = parse_grouped(name)
+        if ":" not in name and mode.groupsize is not None:
+            mode = parse_mode(name, groupsize)
         parsed.append(mode)
     return parsed
 

@@ -145,6 +145,14 @@ def parse_mode(text: str, groupsize: int | None = None) -> Mode:
     return Mode(name, algorithm, default if groupsize is None else groupsize)
 
 
+def parse_grouped(text: str) -> Mode:
+    """A Mode from `mode` or `mode:groupsize`, as int4:64."""
+    name, colon, size = text.partition(":")
+    if colon and not size.isdecimal():
+        raise UserError(f"mode {text!r}: after the colon comes a group size, as in int4:64")
+    return parse_mode(name, int(size) if colon else None)
+
+
 def head_mode(mode: Mode, lm_head: str | None) -> Mode:
     """The mode of the LM head. By default int8, whatever the blocks are; a float mode keeps it.
 

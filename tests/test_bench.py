@@ -101,7 +101,7 @@ def test_modes_and_group_sizes():
     modes = read_modes(["bf16", "int8", "int4", "int4:128", "x/y.safetensors"], 32)
     assert [getattr(m, "groupsize", "file") for m in modes] == [None, None, 32, 128, "file"]
     assert [bench.label(m) for m in modes[:4]] == ["bf16", "int8", "int4.g32", "int4.g128"]
-    for bad in ("int9", "int4:x", "int4:65", "int8:64"):
+    for bad in ("int9", "int4:x", "int4:", "int4:65", "int8:64"):
         with pytest.raises(UserError):
             read_modes([bad], None)
 
