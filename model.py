@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kernels import native
 from kernels.attention import attention
-from kernels.decode import MOST_ROWS, decode, plan_decode
+from kernels.decode import MOST_ROWS, decode, decode_step, make_step, plan_decode
 from kernels.linear import Linear
 
 LARGEST = 2**24  # size: the bytes of no tensor overflow 64 bits
@@ -277,6 +277,7 @@ class Transformer(nn.Module):
             self.output.weight = self.tok_embeddings.weight
         self.cache_length = 0
         self.register_buffer("plan", None, persistent=False)  # see `fuse`
+        self.step: int | None = None
         self.requires_grad_(False)
 
     def setup_cache(self, batch: int, length: int, kind: str = "bf16") -> KVCache:
@@ -290,7 +291,7 @@ class Transformer(nn.Module):
         for layer in self.layers:
             layer.attention.kv_cache = KV_CACHES[kind](*cache)
             native.settle(layer.attention.kv_cache)
-        self.cache_length, self.plan = length, None
+        self.cache_length, self.plan, self.step = length, None, None
         angles = torch.outer(torch.arange(length).float(), rope_frequencies(config)).to(device)
         self.register_buffer("rope_cos", angles.cos(), persistent=False)  # [S, D / 2]
         self.register_buffer("rope_sin", angles.sin(), persistent=False)
@@ -308,16 +309,17 @@ class Transformer(nn.Module):
         are replaced afterwards go unnoticed until `fuse` is called again.
         """
         self.plan = plan_decode(self)
+        self.step, self._kernels = make_step(self) or (None, None)
 
     def fused(self, rows: int) -> bool:
-        """Whether so many rows (B T) run as one operator."""
+        """Whether so many rows (B T) run as one C++ operator."""
         return self.plan is not None and rows <= MOST_ROWS
 
     def __deepcopy__(self, memo: dict) -> "Transformer":
         """A copy that is not fused: the plan knows the tensors of this model alone."""
         other = memo[id(self)] = self.__class__.__new__(self.__class__)
         other.__dict__ = copy.deepcopy(self.__dict__, memo)
-        other.plan = None
+        other.plan = other.step = None
         return other
 
     def rope(self, position: Tensor) -> tuple[Tensor, Tensor]:
@@ -338,6 +340,8 @@ class Transformer(nn.Module):
         """
         if self.fused(tokens.numel()):
             return decode(self.plan, tokens, self.tok_embeddings.weight, start, last)
+        if self.step is not None and tokens.numel() <= MOST_ROWS:
+            return decode_step(self.step, tokens, start, last)
         position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # [B, T]
         cos, sin = self.rope(position)
         x = self.tok_embeddings(tokens)  # [B, T, C]

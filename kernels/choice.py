@@ -60,5 +60,5 @@ def load_triton() -> None:
 def _import_kernels() -> None:
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("the Triton kernels need `pip install triton`; or take --kernels aten")
-    for name in ("linear", "attention"):
+    for name in ("linear", "attention", "step"):
         importlib.import_module(f"kernels.cuda.{name}")

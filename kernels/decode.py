@@ -1,4 +1,5 @@
-"""The Transformer on a few new tokens as one call of a C++ operator (cpu/decode_ops.cpp).
+"""The Transformer on a few new tokens as one operator: C++ (cpu/decode_ops.cpp), or Triton kernels
+one behind the other (cuda/step.py).
 
 The arithmetic is that of the modules, rounded to the model's dtype at the same points; what is
 saved is the time between the operators: a small model's products take a few microseconds each, and
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels import native
+from kernels.choice import load_triton, triton_on
 
-MOST_ROWS = 16  # B * T that the operator takes
+MOST_ROWS = 16  # B * T that the operators take
 
 
 def plan_decode(model: nn.Module) -> Tensor | None:
@@ -58,3 +60,23 @@ def decode_greedy(plan: Tensor, tokens: Tensor, embedding: Tensor, start: Tensor
     Each thread looks through the logits that it has just made.
     """
     return torch.ops.flatllama.decode_greedy(plan, tokens, embedding, start)
+
+
+def make_step(model: nn.Module) -> tuple[int, object] | None:
+    """The Triton kernels of a Transformer and of its caches, see cuda/step.py.
+
+    Returns:
+        The number that `decode_step` takes, and what must live as long; or None where the Triton
+        kernels do not serve the model's device, or a layer of it.
+    """
+    if not triton_on(model.norm.weight.device):
+        return None
+    load_triton()
+    from kernels.cuda.step import make_step
+
+    return make_step(model)
+
+
+def decode_step(number: int, tokens: Tensor, start: Tensor, last: Tensor | None = None) -> Tensor:
+    """As `Transformer.forward`, for B T <= MOST_ROWS tokens."""
+    return torch.ops.flatllama.triton_decode(number, tokens, start, last)

@@ -69,9 +69,9 @@ def weight_tensors(kind: str, bits: int, rest: dict):
     return planes(kind, bits), scales, row_scales, table
 
 
-def product_launch(name: str, rows: int) -> Launch:
-    """What a product of so many rows launches."""
-    from kernels.cuda.linear import Product, matmul_launch
+def product_launch(name: str, rows: int, **between) -> Launch:
+    """What a product of so many rows launches; see linear.Between for the rest."""
+    from kernels.cuda.linear import Between, Product, matmul_launch
 
     kind, bits, rest = FORMATS[name]
     rest = {"dtype": torch.bfloat16} | rest
@@ -79,7 +79,9 @@ def product_launch(name: str, rows: int) -> Launch:
     x = empty(rows, K, dtype=product.dtype)
     x_scale = empty(rows, dtype=torch.float32) if product.dtype == torch.int8 else None
     tensors, arrived = weight_tensors(kind, bits, rest), empty(N, dtype=torch.int32)
-    return matmul_launch(product, x, *tensors, arrived, x_scale, None, empty(rows, N), PROCESSORS)
+    between = Between(**between)
+    out = empty(rows, N // 2 if between.gated else N)
+    return matmul_launch(product, x, *tensors, arrived, x_scale, None, out, PROCESSORS, between)
 
 
 def dequantize_launch(name: str) -> Launch:
@@ -101,6 +103,30 @@ def attention_launches(tokens: int, dtype: torch.dtype) -> list[Launch]:
     return attention.attention_launches(q, cache, cache, start, scale, scale, q, PROCESSORS)
 
 
+def step_launches() -> Iterator[tuple[str, int, Launch]]:
+    """What cuda/step.py launches besides: Llama-3-8B, one token."""
+    from kernels.cuda.step import embed_launch, place_launch
+
+    norm, squares = empty(K), empty(1, 64, dtype=torch.float32)
+    x, position = empty(1, N), empty(1, dtype=torch.int64)
+    yield "embedding", 1, embed_launch(position, empty(128256, N), x, squares)
+    angles = (empty(4096, 64, dtype=torch.float32),) * 2
+    for dtype in (torch.bfloat16, torch.int8):
+        cache, scale = empty(1, 8, 4096, 128, dtype=dtype), None
+        if dtype == torch.int8:
+            scale = empty(1, 8, 4096, 1)
+        what = f"rotary and {'int8' if scale is not None else 'bf16'} cache"
+        q, qkv = empty(1, 1, 32, 128), empty(1, 48 * 128)
+        yield what, 1, place_launch(qkv, *angles, position, q, cache, cache, scale, scale)
+    for name in ("bf16", "int8", "int4 g64"):
+        for rows in (1, 16):
+            squares = empty(rows, 64, dtype=torch.float32)
+            gated = {"norm": norm, "squares": squares, "eps": 1e-5, "gated": True}
+            added = {"residual": empty(rows, N), "sum_squares": True}
+            yield f"{name}, normed and gated", rows, product_launch(name, rows, **gated)
+            yield f"{name}, residual", rows, product_launch(name, rows, **added)
+
+
 def compiles(launch: Launch, capability: int) -> bool:
     """float8 has no conversion before 8.9; there its codes are taken apart as fpx-4-3's are."""
     return capability >= 89 or launch.constants.get("KIND") != "e4m3"
@@ -117,6 +143,7 @@ def cases() -> Iterator[tuple[str, int, Launch]]:
         cache = str(dtype).removeprefix("torch.").replace("bfloat16", "bf16")
         for tokens in (1, 512):
             yield f"attention, {cache} cache", tokens, attention_launches(tokens, dtype)[0]
+    yield from step_launches()
     yield "attention's splits joined", 1, attention_launches(1, torch.bfloat16)[1]
 
 

@@ -31,6 +31,15 @@ def triton():
     choice.load_triton()
 
 
+def replace_linears(model, name):
+    """Every linear layer of a model in a format, packed for the kernels."""
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, Linear):
+            module, *_ = quantized(name, layer.weight.float(), layer.bias, layer.weight.dtype)
+            module.repack()
+            model.set_submodule(path, module)
+
+
 def check(name, k, n, rows, dtype, **settings):
     """The module's product against fp64, from the canonical weight."""
     bias = torch.randn(n).to(dtype)
@@ -151,6 +160,67 @@ def test_a_whole_step_is_one_graph(cache):
     token, start, u = torch.tensor([[7]]), torch.tensor([3]), torch.rand(1)
     with torch.inference_mode():
         assert torch.equal(step(token, start, u), engine._decode_step(token, start, u))
+
+
+def random_model(dtype, **settings):
+    """Two layers whose sizes fit no block; biases everywhere."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        dim=72, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=100, vocab_size=150, head_dim=12,
+        max_positions=64, attention_bias=True, output_bias=True, ffn_bias=True, **settings,
+    )  # fmt: skip
+    model = Transformer(config)
+    for name, parameter in model.named_parameters():
+        centre = 1.0 if "norm" in name else 0.0
+        torch.nn.init.normal_(parameter, centre, 0.3)
+    return model.to(dtype).requires_grad_(False)
+
+
+def steps(model, cache, fused):
+    """Logits of a prompt, of 2 x 4 tokens and of 2, then what the first layer's cache holds."""
+    first = model.setup_cache(2, 24, cache)
+    if fused:
+        model.fuse()
+        assert model.step is not None
+    torch.manual_seed(1)
+    results = []
+    for t, start, last in ((9, (0, 0), None), (4, (9, 7), (3, 1)), (1, (13, 9), None)):
+        tokens = torch.randint(0, 150, (2, t))
+        last = None if last is None else torch.tensor(last)
+        results.append(model(tokens, torch.tensor(start), last).double())
+    return [*results, first.k[0, :, :14].double(), first.v[1, :, :10].double()]
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [("float", "bf16"), ("int8", "int8"), ("int4", "bf16"), ("fp6", "int8"), ("codebook4", "bf16")],
+)
+def test_whole_step(name, cache):
+    """A step as one operator against the modules one by one."""
+    model = random_model(FP32, tied_head=name == "float")
+    if name != "float":
+        replace_linears(model, name)
+    for y, want in zip(steps(model, cache, True), steps(model, cache, False), strict=True):
+        assert y.shape == want.shape and (y - want).norm() < 1e-5 * want.norm()
+
+
+def test_whole_step_bf16():
+    """Against the same weights in fp32. The interpreter cuts off where the modules round."""
+    model, exact = random_model(BF16), random_model(BF16).float()
+    truth = steps(exact, "bf16", False)
+    fused, modules = steps(model, "bf16", True), steps(model, "bf16", False)
+    for y, other, want in zip(fused, modules, truth, strict=True):
+        assert (y - want).norm() < 2 * (other - want).norm() + 1e-3 * want.norm()
+
+
+def test_no_step_where_inputs_are_quantized():
+    for name in ("int8dq", "int4-sparse24"):
+        model = random_model(FP32)
+        replace_linears(model, name)
+        model.setup_cache(1, 8)
+        model.fuse()
+        assert model.step is None
+        assert model(torch.tensor([[3]]), torch.tensor([0])).shape == (1, 1, 150)
 
 
 ATTENTION = [  # B, H, Hkv, T, S, D, start

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from kernels.activations import int8_matmul
@@ -19,6 +20,26 @@ from kernels.cuda.layout import CHUNK, DEQUANTIZE_ROWS, LANES, SLOTS
 LATE_ROWS = 16  # up to this block of rows the scales of groups meet the sums
 MAX_SPLITS = 16
 PROGRAMS = 2  # wanted on each multiprocessor
+
+
+@dataclass
+class Between:
+    """What a Transformer does between two products, done by one of their kernels. M rows, N, K.
+
+    Attributes:
+        norm: [K], the weight of an RMSNorm of x; `squares` [M, parts] fp32 add up to its squares.
+        gated: the weight's rows are N / 2 gates, then N / 2 ups: silu(gate) * up comes out.
+        residual: [M, N] of the result's type, added to it.
+        sum_squares: also leave the squares of the result, [M, tiles], in `out_squares`.
+    """
+
+    norm: Tensor | None = None
+    squares: Tensor | None = None
+    eps: float = 0.0
+    gated: bool = False
+    residual: Tensor | None = None
+    sum_squares: bool = False
+    out_squares: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -106,27 +127,39 @@ def matmul_launch(
     product: Product, x: Tensor, planes: list[Tensor | None], scales: Tensor | None,
     row_scales: Tensor | None, table: Tensor | None, arrived: Tensor | None,
     x_scale: Tensor | None, bias: Tensor | None, out: Tensor, processors: int,
+    between: Between | None = None,
 ) -> Launch:  # fmt: skip
     """The kernel that computes out [M, N] from x [M, K]; tensors may be on the meta device."""
+    between = between or Between()
     rows, n = product.rows, product.n
     stored = next(p for p in planes if p is not None)
     constants, options = blocks(product, stored.element_size())
     block_n, block_m, width = constants["BLOCK_N"], constants["BLOCK_M"], stored.shape[1]
-    tiles, row_tiles, chunks = -(-n // block_n), -(-rows // block_m), -(-width // constants["J"])
+    tiles = -(-n // block_n) if not between.gated else -(-n // 2 // (block_n // 2))
+    row_tiles, chunks = -(-rows // block_m), -(-width // constants["J"])
     programs, count, each, sums = tiles * row_tiles, 1, chunks, None
     if arrived is not None and programs <= arrived.numel():
         count, each = splits(programs, chunks, processors)
     if count > 1:
         dtype = torch.int32 if constants["INTEGER"] else torch.float32
         sums = torch.empty(programs * count * block_n * block_m, dtype=dtype, device=x.device)
+    if between.sum_squares:
+        between.out_squares = torch.empty((rows, tiles), device=x.device)
+    normed = between.norm is not None
     arguments = {
         "x": x, **dict(zip(("fours", "twos", "ones"), planes, strict=True)), "scales": scales,
         "row_scales": row_scales, "table": table, "x_scale": x_scale, "bias": bias, "out": out,
         "sums": sums, "arrived": None if sums is None else arrived,
+        "norm": between.norm, "squares": between.squares, "residual": between.residual,
+        "out_squares": between.out_squares, "eps": between.eps if normed else None,
         "M": rows, "N": n, "K": product.k, "width": width, "n_chunks": chunks,
         "chunks_per_split": each, "n_groups": 1 if scales is None else scales.shape[0],
     }  # fmt: skip
-    constants = product.constants() | constants | {"WHOLE": count == 1}
+    parts = between.squares.shape[1] if normed else 1
+    constants = product.constants() | constants | {
+        "WHOLE": count == 1, "GATED": between.gated, "PARTS": parts,
+        "PARTS_BLOCK": triton.next_power_of_2(parts),
+    }  # fmt: skip
     return Launch(products.matmul, (row_tiles, tiles, count), arguments, constants, options)
 
 

@@ -76,6 +76,23 @@ def weight_tile(
 
 
 @triton.jit
+def mean_root(squares, m, m_ok, K, eps, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr):
+    """1 / rms of rows of x, [BLOCK_M], from the sums of squares of their parts [M, PARTS]."""
+    part = tl.arange(0, PARTS_BLOCK)
+    mask = m_ok[:, None] & (part < PARTS)[None, :]
+    each = tl.load(squares + (m[:, None] * PARTS + part[None, :]), mask=mask, other=0)
+    return tl.rsqrt(tl.sum(each, axis=1) / K + eps)
+
+
+@triton.jit
+def gate(y, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """silu(gate) * up of rows gate, up, gate, up, ...: [BLOCK_N, BLOCK_M] -> half as many rows."""
+    pairs = tl.permute(tl.reshape(y, [BLOCK_N // 2, 2, BLOCK_M]), (0, 2, 1))
+    a, b = tl.split(pairs)
+    return a / (1 + tl.exp(-a)) * b
+
+
+@triton.jit
 def finish(y, row_scales, x_scale, bias, near, m, m_ok):
     """Scales and bias of sums y [BLOCK_N, BLOCK_M] -> fp32."""
     y = y.to(tl.float32)
@@ -102,12 +119,14 @@ def dot(a, b, acc, INTEGER: tl.constexpr, INTERPRET: tl.constexpr):
 @triton.jit
 def matmul(
     x, fours, twos, ones, scales, row_scales, table, x_scale, bias, out, sums, arrived,
+    norm, squares, residual, out_squares, eps,
     M, N, K, width, n_chunks, chunks_per_split, n_groups,
     KIND: tl.constexpr, BITS: tl.constexpr, EXPONENT: tl.constexpr, MID: tl.constexpr,
     ZERO: tl.constexpr, GROUP: tl.constexpr, INNER: tl.constexpr, SLOTS: tl.constexpr,
     J: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, WHOLE: tl.constexpr,
     EVEN: tl.constexpr, LATE: tl.constexpr, PAIRS: tl.constexpr, INTEGER: tl.constexpr,
-    STAGES: tl.constexpr, INTERPRET: tl.constexpr,
+    PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """x [M, K] -> out [M, N]. `width`: elements of storage in a row.
 
@@ -118,11 +137,18 @@ def matmul(
     PAIRS: codes come by `code_pairs`, those whose scale is not LATE by `scaled_pairs`, those that
     meet an int8 x by `code_quads`. The sums of x that bases and zeros ask for are a product with
     ones.
+    What a Transformer does in between, where it is given: `norm` [K] and `squares` [M, PARTS], x is
+    RMSNorm(x); GATED, half the rows are gates and out [M, N / 2] is silu(gate) * up; `residual`
+    [M, N] is added, and the squares of the result summed up in `out_squares` [M, tiles].
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
-    m_ok, near = m < M, tl.minimum(rows, N - 1)
+    if GATED:  # neighbours in the tile are a gate and what it gates, N / 2 rows further on
+        pair = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N) // 2
+        near = tl.minimum(pair, N // 2 - 1) + (tl.arange(0, BLOCK_N) % 2) * (N // 2)
+    else:
+        near = tl.minimum(tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
+    m_ok = m < M
     lanes = tl.arange(0, J)
     start = (near.to(tl.int64) * width)[:, None] + lanes[None, :]
     x_start = x + ((m.to(tl.int64) * K)[None, :] + lanes[:, None])
@@ -152,6 +178,12 @@ def matmul(
             else:
                 x_mask = (k + lanes < K)[:, None] & m_ok[None, :]
             xk = tl.load(x_start + k, mask=x_mask, other=0)
+            if norm is not None:
+                weight = tl.load(norm + (k + lanes if EVEN else tl.minimum(k + lanes, K - 1)))
+                if INTERPRET:
+                    xk = (xk.to(tl.float32) * weight.to(tl.float32)[:, None]).to(xk.dtype)
+                else:
+                    xk *= weight[:, None]
             if GROUP != 0 and not same_group(slot, KIND, GROUP, J):
                 s, zero = group_scale(
                     scales, first, lanes, near, n_groups, N, slot, KIND, ZERO, GROUP, J
@@ -191,21 +223,37 @@ def matmul(
         splits = tl.num_programs(2)
         tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         inner = tl.arange(0, BLOCK_M)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-        place = sums + tile.to(tl.int64) * (splits * BLOCK_M * BLOCK_N) + inner
-        tl.store(place + split * (BLOCK_M * BLOCK_N), acc, mask=m_ok[None, :])
+        scratch = sums + tile.to(tl.int64) * (splits * BLOCK_M * BLOCK_N) + inner
+        tl.store(scratch + split * (BLOCK_M * BLOCK_N), acc, mask=m_ok[None, :])
         tl.debug_barrier()  # the atomic is of one thread: only then all have stored
         if tl.atomic_add(arrived + tile, 1) < splits - 1:
             return
         acc = tl.zeros_like(acc)
         for part_of in range(splits):
             acc += tl.load(
-                place + part_of * (BLOCK_M * BLOCK_N), mask=m_ok[None, :], other=0,
+                scratch + part_of * (BLOCK_M * BLOCK_N), mask=m_ok[None, :], other=0,
                 cache_modifier=".cg",
             )  # fmt: skip
         tl.store(arrived + tile, 0)
-    y = finish(acc, row_scales, x_scale, bias, near, m, m_ok)
-    pointers = out + (m.to(tl.int64) * N)[None, :] + rows[:, None]
-    tl.store(pointers, y.to(out.dtype.element_ty), mask=(rows < N)[:, None] & m_ok[None, :])
+    y = acc.to(tl.float32)
+    if norm is not None:
+        y *= mean_root(squares, m, m_ok, K, eps, PARTS, PARTS_BLOCK)[None, :]
+    y = finish(y, row_scales, x_scale, bias, near, m, m_ok)
+    if GATED:
+        y = gate(y, BLOCK_N, BLOCK_M)
+    WIDE: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    n_out = N // 2 if GATED else N
+    rows = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    place = (m.to(tl.int64) * n_out)[None, :] + rows[:, None]
+    mask = (rows < n_out)[:, None] & m_ok[None, :]
+    if residual is not None:
+        y += tl.load(residual + place, mask=mask, other=0).to(tl.float32)
+    y = y.to(out.dtype.element_ty)
+    tl.store(out + place, y, mask=mask)
+    if out_squares is not None:
+        y = tl.where(mask, y.to(tl.float32), 0.0)
+        total = tl.sum(y * y, axis=0)
+        tl.store(out_squares + m * tl.num_programs(1) + tl.program_id(1), total, mask=m_ok)
 
 
 @triton.jit
