@@ -11,11 +11,14 @@ from kernels.linear import QuantizedLinear
 
 def choose_kernels(name: str, device: str) -> None:
     """Set which kernels run (kernels/choice.py); a UserError where they cannot run on `device`."""
-    if device == "cpu" and (name == "aten" or (name == "triton" and not interpreting())):
+    on_gpu = name in ("aten", "triton-pdl") or (name == "triton" and not interpreting())
+    if device == "cpu" and on_gpu:
         hint = " (TRITON_INTERPRET=1 interprets them, very slowly)" if name == "triton" else ""
         raise UserError(
             f"--kernels {name} needs a GPU; on the CPU there are auto and inductor{hint}"
         )
+    if name == "triton-pdl" and torch.cuda.get_device_capability(device) < (9, 0):
+        raise UserError(f"--kernels {name} needs compute capability 9.0: take triton")
     kernels(name)
     if device == "cpu" and name == "auto":
         try:

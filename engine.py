@@ -17,6 +17,7 @@ from torch import Tensor
 
 from errors import UserError
 from kernels import native
+from kernels.choice import dependent_launch
 from kernels.decode import decode_greedy
 from model import Transformer
 
@@ -397,6 +398,7 @@ def configure_compiler() -> None:
     config.coordinate_descent_tuning = True
     config.size_asserts = False  # checks between kernels, every step
     config.triton.unique_kernel_names = True
+    config.triton.enable_pdl = dependent_launch()
     torch.set_float32_matmul_precision("high")
 
 

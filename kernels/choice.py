@@ -2,6 +2,8 @@
 
     auto       the C++ products on the CPU, the Triton kernels on a GPU
     triton     the Triton kernels; on the CPU only under Triton's interpreter
+    triton-pdl the same, each kernel launched while the one in front of it still runs
+               (programmatic dependent launch; compute capability 9.0)
     inductor   plain PyTorch forms, for torch.compile to fuse
     aten       ATen's own int4 and int8 products on a GPU; attention and the rest as in `inductor`
 
@@ -16,7 +18,7 @@ import os
 
 import torch
 
-KERNELS = ("auto", "triton", "inductor", "aten")
+KERNELS = ("auto", "triton", "triton-pdl", "inductor", "aten")
 _setting = "auto"
 
 
@@ -40,10 +42,15 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+def dependent_launch() -> bool:
+    """Whether the Triton kernels overlap: each then waits for the one in front of it itself."""
+    return _setting == "triton-pdl" and not interpreting()
+
+
 def triton_on(device: torch.device) -> bool:
     """Whether the Triton kernels serve tensors on `device`, by the setting and by what is there."""
     if device.type == "cuda":
-        return _setting in ("auto", "triton") and torch.version.hip is None
+        return _setting in ("auto", "triton", "triton-pdl") and torch.version.hip is None
     return _setting == "triton" and device.type == "cpu" and interpreting()
 
 

@@ -3,9 +3,10 @@
 python scripts/check_cuda.py --json cuda.json
 
 Checking comes first: every format, rows of every kernel, ragged and regular shapes, against the
-canonical weight's product in fp64; attention against its reference. Nearly all of that time is
-Triton's, which compiles over a thousand kernels, so each format is checked in a process of its own,
-`--jobs` at a time; a crash ends that format's checks alone. The times are of Llama-3-8B's
+canonical weight's product in fp64; attention against its reference; a whole step as one operator
+against the modules, and with overlapping kernels, which must change no bit. Nearly all of that
+time is Triton's, which compiles over a thousand kernels, so each format is checked in a process of
+its own, `--jobs` at a time; a crash ends that format's checks alone. The times are of Llama-3-8B's
 largest weight [28672, 4096], replayed in a CUDA graph over several copies of the weight, so that
 none is in the cache; beside each the same product of a plain bf16 weight by the library, timed in
 turns. Exit code 1 if a kernel is wrong.
@@ -33,6 +34,7 @@ from kernels.attention import attention, attention_reference
 from kernels.formats import FORMATS
 from kernels.linear import Linear
 from measure import read_bandwidth
+from model import ModelConfig, Transformer
 
 ROWS = (1, 2, 7, 16, 17, 64, 100, 600)
 SHAPES = ((4096, 512), (576, 130), (203, 35))  # K, N
@@ -43,6 +45,7 @@ ATTENTION = [  # B, H, Hkv, T, S, D, start
     (1, 32, 8, 1, 4096, 128, [4000]), (2, 9, 3, 1, 700, 64, [650, 0]), (1, 8, 1, 5, 200, 80, [33]),
     (1, 32, 8, 128, 300, 128, [100]),
 ]  # fmt: skip
+STEP_CONFIG = ModelConfig(1024, 4, 16, 4, 2816, 4096, 64, max_positions=512)
 
 
 def make(name: str, n: int, k: int, dtype: torch.dtype, device: str = "cuda"):
@@ -124,6 +127,66 @@ def check_attention() -> list[dict]:
     return found
 
 
+def step_model(name: str, cache: str, batch: int) -> Transformer:
+    """A small model whose caches hold noise."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = Transformer(STEP_CONFIG).to(torch.bfloat16)
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, Linear) and name in FORMATS:
+            module = make(name, *layer.weight.shape, torch.bfloat16)
+            module.repack()
+            model.set_submodule(path, module)
+    model.setup_cache(batch, 512, cache)
+    for layer in model.layers:
+        for buffer in layer.attention.kv_cache.buffers():
+            if buffer.dtype == torch.int8:
+                buffer.random_(-127, 128)
+            else:
+                buffer.copy_(torch.rand(buffer.shape, device="cuda") / 40)
+    return model
+
+
+def same_bits(call: Callable[[], torch.Tensor]) -> bool:
+    """Whether a call gives the same 100 times in CUDA graphs of four, one close upon the other."""
+    want, outputs = call(), []
+    graph = graph_of([lambda: outputs.append(call())] * 4)
+    for _ in range(25):
+        graph.replay()
+        if not all(torch.equal(output, want) for output in outputs[-4:]):
+            return False
+    return True
+
+
+def check_step() -> list[dict]:
+    """A step as one operator against the modules, and with overlapping kernels against itself.
+
+    A kernel that does not wait for the one in front would sooner or later change some bit.
+    """
+    found = []
+    for name, cache in (("bf16", "bf16"), ("int8", "int8"), ("int4", "bf16"), ("fp6", "int8")):
+        for batch, t in ((1, 1), (2, 8), (3, 1)):
+            model = step_model(name, cache, batch)
+            tokens = torch.randint(0, STEP_CONFIG.vocab_size, (batch, t), device="cuda")
+            start = torch.arange(300, 300 + batch, device="cuda")
+            want = model(tokens, start).double()
+            model.fuse()
+            error = relative(model(tokens, start), want)
+            what = f"step of {name}, {cache} cache, {batch} x {t}"
+            found.append({"what": what, "error": error, "ok": error < 0.05})
+            for kernels in ("triton", "triton-pdl")[: 1 + overlaps()]:
+                choice.kernels(kernels)
+                ok = same_bits(partial(model, tokens, start))
+                found.append({"what": f"{what}, {kernels}: same bits", "error": 0.0, "ok": ok})
+            choice.kernels("triton")
+    return found
+
+
+def overlaps() -> bool:
+    """Whether this GPU launches a kernel while the one in front of it runs."""
+    return torch.cuda.get_device_capability() >= (9, 0)
+
+
 def graph_of(calls: list[Callable]) -> torch.cuda.CUDAGraph:
     """The calls, warmed up and captured."""
     side = torch.cuda.Stream()
@@ -196,6 +259,8 @@ def main() -> int:
     parser.add_argument("--formats", help="comma-separated; default: all")
     parser.add_argument("--timed", default="bf16,int8,int8dq,int4,int8dq-int4,float8,float8dq-row,"
                         "fp6,uint3,codebook4,int4-sparse24,w4a8")  # fmt: skip
+    parser.add_argument("--kernels", choices=("triton", "triton-pdl"), default="triton",
+                        help="of the timed products")  # fmt: skip
     parser.add_argument("--shape", type=int, nargs=2, default=(28672, 4096), metavar=("N", "K"))
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="formats at a time")
@@ -205,6 +270,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: no GPU here; tests/test_cuda.py checks what can be without", file=sys.stderr)
         return 2
+    if args.kernels == "triton-pdl" and not overlaps():
+        parser.error("--kernels triton-pdl needs compute capability 9.0")
     choice.kernels("triton")
     choice.load_triton()
     torch.set_grad_enabled(False)
@@ -220,7 +287,7 @@ def main() -> int:
     if args.check:
         keep(checks=check_format(args.check))
         return 0
-    checks = check_float() + check_attention()
+    checks = check_float() + check_attention() + check_step()
     names = args.formats.split(",") if args.formats else list(FORMATS)
     with ThreadPoolExecutor(args.jobs) as pool:
         checks += [check for found in pool.map(check_apart, names) for check in found]
@@ -233,6 +300,7 @@ def main() -> int:
     shape = f"[{args.shape[0]}, {args.shape[1]}]"
     print(f"{figures['device']} reads {read / 1e9:.0f} GB/s; weight {shape}")
     rows = []
+    choice.kernels(args.kernels)
     for name in filter(None, args.timed.split(",")):
         mine = time_format(name, *args.shape, read, args.repeats)
         print_times(mine)

@@ -173,15 +173,20 @@ def opcodes(lines: list[str]) -> list[str]:
     return [m[1] for line in lines if (m := pattern.match(line)) and m[1] != "NOP"]
 
 
+def disassemble(cubin: bytes) -> tuple[str, list[str]]:
+    """What a kernel uses, and its machine code line by line."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        sass = tool("nvdisasm", "-c", file.name)
+        return tool("cuobjdump", "-res-usage", file.name), sass.splitlines()
+
+
 def inspect(launch: Launch, capability: int) -> dict:
     """Registers, spills and shared memory (bytes), loads of weights, instructions per weight."""
     compiled = launch.compile(capability)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, sass = tool("cuobjdump", "-res-usage", file.name), tool("nvdisasm", "-c", file.name)
+    usage, lines = disassemble(compiled.asm["cubin"])
     numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    lines = sass.splitlines()
     every, loop = opcodes(lines), loop_instructions(lines)
     kinds = Counter(op for op in every if op.startswith(("LDG", "LDGSTS", "UTMALDG")))
     tensor = sorted({op for op in every if re.match(r"(HGMMA|IGMMA|HMMA|IMMA)", op)})

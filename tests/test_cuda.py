@@ -66,10 +66,35 @@ def test_machine_code(name, rows, capability):
     assert bool(found["tensor"]) == (launch.kernel.__name__ in ("matmul", "attend"))
 
 
+@pytest.mark.parametrize(
+    "name", ["int4 g64", "uint3 g64", "embedding", "rotary and bf16 cache", "attention, bf16 cache",
+             "attention's splits joined"],
+)  # fmt: skip
+def test_dependent_launch(name, setting):
+    """Before the kernel in front has ended, only weights are asked for; others see no waiting."""
+    pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
+    from scripts import inspect_kernels
+
+    choice.load_triton()
+    for kernels in ("triton", "triton-pdl"):
+        choice.kernels(kernels)
+        launch = next(launch for what, _, launch in inspect_kernels.cases() if what == name)
+        _, lines = inspect_kernels.disassemble(launch.compile(90).asm["cubin"])
+        opcodes = inspect_kernels.opcodes(lines)
+        early = kernels == "triton-pdl"
+        assert launch.options["launch_pdl"] == early == ("ACQBULK" in opcodes)
+        if early:
+            before = [op for op in opcodes[: opcodes.index("ACQBULK")] if op.startswith("LD")]
+            assert all(op.startswith(("LDC", "LDS")) for op in before)
+            assert opcodes.index("PREEXIT") > opcodes.index("ACQBULK")
+            fetched = any(op.startswith("CCTL.E.PF2") for op in opcodes)
+            assert fetched == (launch.kernel.__name__ == "matmul")
+
+
 def test_choice(setting):
     if torch.cuda.is_available():
         pytest.skip("for machines without a GPU")
-    for name in ("triton", "aten"):
+    for name in ("triton", "triton-pdl", "aten"):
         with pytest.raises(UserError, match="needs a GPU"):
             choose_kernels(name, "cpu")
     choose_kernels("inductor", "cpu")

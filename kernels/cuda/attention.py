@@ -22,6 +22,7 @@ from torch import Tensor
 from kernels.choice import interpreting
 from kernels.cuda.launch import Launch, multiprocessors
 from kernels.cuda.products import dot, operand
+from kernels.cuda.tiles import wait_for_others
 
 MAX_SPLITS = 64
 PROGRAMS = 2  # wanted on each multiprocessor
@@ -42,13 +43,14 @@ def attend(
     q, k, v, start, k_scale, v_scale, out, maxima, totals,
     q_b, q_h, q_t, out_b, out_h, out_t, T, S, D, kv_heads, softmax_scale,
     GROUP: tl.constexpr, R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr, INTERPRET: tl.constexpr,
+    SPLITS: tl.constexpr, PDL: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid (B H_kv, tiles of R rows, SPLITS). `softmax_scale` is log2(e) / sqrt(D).
 
     One split writes out [B, H, T, D]; more write sums out [B H_kv, rows, SPLITS, D] fp32, maxima
     and totals [B H_kv, rows, SPLITS] fp32, rows a multiple of R.
     """
+    wait_for_others(PDL)
     pair, tile, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     batch, kv_head = pair // kv_heads, pair % kv_heads
     first = tl.load(start + batch).to(tl.int32)
@@ -102,9 +104,10 @@ def combine(
     sums, maxima, totals, start, out,
     out_b, out_h, out_t, T, D, kv_heads, tiles,
     GROUP: tl.constexpr, R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Join the splits of one row. Grid (B H_kv, T GROUP)."""
+    wait_for_others(PDL)
     pair, r = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, kv_head = pair // kv_heads, pair % kv_heads
     tile = r // R

@@ -6,6 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.choice import dependent_launch
+
 DTYPE_NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8",
     torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
@@ -18,7 +20,7 @@ class Launch:
 
     Attributes:
         arguments: run-time arguments: tensors, integers and floats; None where there is none.
-        constants: the tl.constexpr arguments.
+        constants: the tl.constexpr arguments, but for PDL, which `--kernels` decides.
         options: num_warps, num_stages.
     """
 
@@ -27,6 +29,11 @@ class Launch:
     arguments: dict[str, Tensor | int | float | None]
     constants: dict
     options: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        if "PDL" in self.kernel.arg_names:
+            self.constants = {**self.constants, "PDL": dependent_launch()}
+            self.options = {**self.options, "launch_pdl": dependent_launch()}
 
     def run(self) -> None:
         self.kernel[self.grid](**self.arguments, **self.constants, **self.options)

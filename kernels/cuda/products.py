@@ -21,11 +21,13 @@ from kernels.cuda.tiles import (
     group_scale,
     load_lanes,
     pair_base,
+    prefetch,
     round_even,
     same_group,
     scaled_pairs,
     sparse_codes,
     value_of,
+    wait_for_others,
 )
 
 
@@ -126,7 +128,7 @@ def matmul(
     J: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, WHOLE: tl.constexpr,
     EVEN: tl.constexpr, LATE: tl.constexpr, PAIRS: tl.constexpr, INTEGER: tl.constexpr,
     PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    PDL: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """x [M, K] -> out [M, N]. `width`: elements of storage in a row.
 
@@ -149,6 +151,16 @@ def matmul(
     else:
         near = tl.minimum(tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
     m_ok = m < M
+    begin = split * chunks_per_split
+    if PDL:  # weights are there already: they are on their way while the kernel in front ends
+        line, left = near.to(tl.int64) * width + begin * J, width - begin * J
+        if fours is not None:
+            prefetch(fours, line, left, J, STAGES)
+        if twos is not None:
+            prefetch(twos, line, left, J, STAGES)
+        if ones is not None:
+            prefetch(ones, line, left, J, STAGES)
+    wait_for_others(PDL)
     lanes = tl.arange(0, J)
     start = (near.to(tl.int64) * width)[:, None] + lanes[None, :]
     x_start = x + ((m.to(tl.int64) * K)[None, :] + lanes[:, None])
@@ -157,7 +169,6 @@ def matmul(
     SUMS: tl.constexpr = LATE and (BASE != 0 or ZERO != "none")
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32 if INTEGER else tl.float32)
     units = tl.full([BLOCK_N, J], 1.0, tl.float32).to(x.dtype.element_ty)
-    begin = split * chunks_per_split
     for chunk in tl.range(begin, tl.minimum(begin + chunks_per_split, n_chunks), num_stages=STAGES):
         mask = None if EVEN or SLOTS > 1 else (chunk * J + lanes < width)[None, :]
         if KIND == "sparse":

@@ -23,17 +23,17 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from kernels.choice import interpreting
 from kernels.cuda.attention import attention_launches
 from kernels.cuda.launch import Launch, multiprocessors
 from kernels.cuda.linear import Between, Product, converts_float8, matmul_launch
-from kernels.cuda.tiles import round_even
+from kernels.cuda.tiles import round_even, wait_for_others
 from kernels.linear import Linear, QuantizedLinear
 
 
 @triton.jit
-def embed(tokens, table, out, squares, C, BLOCK_C: tl.constexpr):
+def embed(tokens, table, out, squares, C, BLOCK_C: tl.constexpr, PDL: tl.constexpr):
     """out [M, C] = table [tokens [M]]; squares [M] fp32. Grid (M)."""
+    wait_for_others(PDL)
     m = tl.program_id(0)
     c = tl.arange(0, BLOCK_C)
     row = tl.load(tokens + m).to(tl.int64)
@@ -45,12 +45,13 @@ def embed(tokens, table, out, squares, C, BLOCK_C: tl.constexpr):
 @triton.jit
 def place(
     qkv, cos, sin, start, q, k, v, k_scale, v_scale, T, S, HEADS, KV_HEADS,
-    D: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """qkv [M, H + 2 H_kv, D] -> q [M, H, D], and slots of k, v [B, H_kv, S, D]. Grid (M, heads).
 
     cos, sin [S, D / 2] fp32. With k_scale, v_scale [B, H_kv, S] the caches are int8.
     """
+    wait_for_others(PDL)
     m, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch = m // T
     slot = tl.load(start + batch) + m % T
@@ -105,7 +106,7 @@ def place_launch(
         "qkv": qkv, "cos": cos, "sin": sin, "start": start, "q": q, "k": k, "v": v,
         "k_scale": k_scale, "v_scale": v_scale, "T": t, "S": slots, "HEADS": h, "KV_HEADS": kv,
     }  # fmt: skip
-    constants = {"D": d, "BLOCK": triton.next_power_of_2(d // 2), "INTERPRET": interpreting()}
+    constants = {"D": d, "BLOCK": triton.next_power_of_2(d // 2)}
     return Launch(place, (b * t, h + 2 * kv), arguments, constants, {"num_warps": 1})
 
 
