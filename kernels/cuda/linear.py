@@ -157,7 +157,7 @@ def matmul_launch(
     }  # fmt: skip
     parts = between.squares.shape[1] if normed else 1
     constants = product.constants() | constants | {
-        "WHOLE": count == 1, "GATED": between.gated, "PARTS": parts,
+        "SPLITS": count, "GATED": between.gated, "PARTS": parts,
         "PARTS_BLOCK": triton.next_power_of_2(parts),
     }  # fmt: skip
     return Launch(products.matmul, (row_tiles, tiles, count), arguments, constants, options)

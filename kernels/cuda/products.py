@@ -119,20 +119,39 @@ def dot(a, b, acc, INTEGER: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def join_splits(
+    scratch, m_ok, acc, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr
+):
+    """acc plus the sums of all splits, in order. Other programs wrote them: past the first cache.
+
+    Small tiles are asked for all at once; large ones would not fit the registers.
+    """
+    if BLOCK_M <= 16:
+        for i in tl.static_range(SPLITS):
+            part = scratch + i * (BLOCK_M * BLOCK_N)
+            acc += tl.load(part, mask=m_ok[None, :], other=0, cache_modifier=".cg")
+    else:
+        for i in range(SPLITS):
+            part = scratch + i * (BLOCK_M * BLOCK_N)
+            acc += tl.load(part, mask=m_ok[None, :], other=0, cache_modifier=".cg")
+    return acc
+
+
+@triton.jit
 def matmul(
     x, fours, twos, ones, scales, row_scales, table, x_scale, bias, out, sums, arrived,
     norm, squares, residual, out_squares, eps,
     M, N, K, width, n_chunks, chunks_per_split, n_groups,
     KIND: tl.constexpr, BITS: tl.constexpr, EXPONENT: tl.constexpr, MID: tl.constexpr,
     ZERO: tl.constexpr, GROUP: tl.constexpr, INNER: tl.constexpr, SLOTS: tl.constexpr,
-    J: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, WHOLE: tl.constexpr,
+    J: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
     EVEN: tl.constexpr, LATE: tl.constexpr, PAIRS: tl.constexpr, INTEGER: tl.constexpr,
     PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """x [M, K] -> out [M, N]. `width`: elements of storage in a row.
 
-    Grid (tiles of M, tiles of N, splits). Unless WHOLE: scratch `sums` [tiles, splits, BLOCK_M,
+    Grid (tiles of M, tiles of N, SPLITS). With several: scratch `sums` [tiles, SPLITS, BLOCK_M,
     BLOCK_N], and `arrived`, int32 zeros, one a tile, zeros again at the end.
     EVEN: no chunk ends behind the last column.
     LATE: a group's scale meets its sums, not every weight, so that the operands are exact.
@@ -230,21 +249,15 @@ def matmul(
                     )  # fmt: skip
                     w = operand(w, xk.dtype, INTERPRET)
                 acc = dot(w, xk, acc, INTEGER, INTERPRET)
-    if not WHOLE:
-        splits = tl.num_programs(2)
+    if SPLITS > 1:
         tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         inner = tl.arange(0, BLOCK_M)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-        scratch = sums + tile.to(tl.int64) * (splits * BLOCK_M * BLOCK_N) + inner
+        scratch = sums + tile.to(tl.int64) * (SPLITS * BLOCK_M * BLOCK_N) + inner
         tl.store(scratch + split * (BLOCK_M * BLOCK_N), acc, mask=m_ok[None, :])
         tl.debug_barrier()  # the atomic is of one thread: only then all have stored
-        if tl.atomic_add(arrived + tile, 1) < splits - 1:
+        if tl.atomic_add(arrived + tile, 1) < SPLITS - 1:
             return
-        acc = tl.zeros_like(acc)
-        for part_of in range(splits):
-            acc += tl.load(
-                scratch + part_of * (BLOCK_M * BLOCK_N), mask=m_ok[None, :], other=0,
-                cache_modifier=".cg",
-            )  # fmt: skip
+        acc = join_splits(scratch, m_ok, tl.zeros_like(acc), BLOCK_N, BLOCK_M, SPLITS)
         tl.store(arrived + tile, 0)
     y = acc.to(tl.float32)
     if norm is not None:
