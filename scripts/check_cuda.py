@@ -45,6 +45,10 @@ ATTENTION = [  # B, H, Hkv, T, S, D, start
     (1, 32, 8, 1, 4096, 128, [4000]), (2, 9, 3, 1, 700, 64, [650, 0]), (1, 8, 1, 5, 200, 80, [33]),
     (1, 32, 8, 128, 300, 128, [100]),
 ]  # fmt: skip
+STEPS = [  # formats and caches
+    ("bf16", "bf16"), ("int8", "int8"), ("int4", "bf16"), ("fp6", "int8"), ("int8dq", "bf16"),
+    ("w4a8", "bf16"), ("float8dq-row", "bf16"), ("int4-sparse24", "bf16"),
+]  # fmt: skip
 STEP_CONFIG = ModelConfig(1024, 4, 16, 4, 2816, 4096, 64, max_positions=512)
 
 
@@ -164,7 +168,7 @@ def check_step() -> list[dict]:
     A kernel that does not wait for the one in front would sooner or later change some bit.
     """
     found = []
-    for name, cache in (("bf16", "bf16"), ("int8", "int8"), ("int4", "bf16"), ("fp6", "int8")):
+    for name, cache in STEPS:
         for batch, t in ((1, 1), (2, 8), (3, 1)):
             model = step_model(name, cache, batch)
             tokens = torch.randint(0, STEP_CONFIG.vocab_size, (batch, t), device="cuda")

@@ -105,7 +105,7 @@ def attention_launches(tokens: int, dtype: torch.dtype) -> list[Launch]:
 
 def step_launches() -> Iterator[tuple[str, int, Launch]]:
     """What cuda/step.py launches besides: Llama-3-8B, one token."""
-    from kernels.cuda.step import embed_launch, place_launch
+    from kernels.cuda.step import embed_launch, place_launch, ready_launch
 
     norm, squares = empty(K), empty(1, 64, dtype=torch.float32)
     x, position = empty(1, N), empty(1, dtype=torch.int64)
@@ -118,6 +118,11 @@ def step_launches() -> Iterator[tuple[str, int, Launch]]:
         what = f"rotary and {'int8' if scale is not None else 'bf16'} cache"
         q, qkv = empty(1, 1, 32, 128), empty(1, 48 * 128)
         yield what, 1, place_launch(qkv, *angles, position, q, cache, cache, scale, scale)
+    for way, dtype in (("symmetric", torch.int8), ("asymmetric", torch.bfloat16),
+                       ("float8", torch.bfloat16)):  # fmt: skip
+        out, scale = empty(1, K, dtype=dtype), empty(1, dtype=torch.float32)
+        launch = ready_launch(x, norm, squares, None, 1e-5, out, scale, way)
+        yield f"inputs made ready, {way}", 1, launch
     for name in ("bf16", "int8", "int4 g64"):
         for rows in (1, 16):
             squares = empty(rows, 64, dtype=torch.float32)

@@ -11,7 +11,7 @@ from engine import Engine, Sampling
 from kernels import choice
 from kernels.attention import attention, attention_reference
 from kernels.formats import FORMATS
-from kernels.linear import Linear
+from kernels.linear import Linear, QuantizedLinear
 from model import ModelConfig, Transformer
 from tests.test_formats import quantized, random_weight
 
@@ -193,8 +193,10 @@ def steps(model, cache, fused):
 
 @pytest.mark.parametrize(
     ("name", "cache"),
-    [("float", "bf16"), ("int8", "int8"), ("int4", "bf16"), ("fp6", "int8"), ("codebook4", "bf16")],
-)
+    [("float", "bf16"), ("int8", "int8"), ("int4", "bf16"), ("fp6", "int8"), ("codebook4", "bf16"),
+     ("int8dq", "bf16"), ("int8dq-int4", "int8"), ("float8dq-row", "bf16"),
+     ("int4-sparse24", "bf16"), ("w4a8", "bf16")],
+)  # fmt: skip
 def test_whole_step(name, cache):
     """A step as one operator against the modules one by one."""
     model = random_model(FP32, tied_head=name == "float")
@@ -213,14 +215,25 @@ def test_whole_step_bf16():
         assert (y - want).norm() < 2 * (other - want).norm() + 1e-3 * want.norm()
 
 
-def test_no_step_where_inputs_are_quantized():
-    for name in ("int8dq", "int4-sparse24"):
-        model = random_model(FP32)
-        replace_linears(model, name)
-        model.setup_cache(1, 8)
-        model.fuse()
-        assert model.step is None
-        assert model(torch.tensor([[3]]), torch.tensor([0])).shape == (1, 1, 150)
+@pytest.mark.parametrize("name", ["int4", "int8dq", "int4-sparse24"])
+def test_whole_step_with_input_scales(name):
+    """What AWQ and SmoothQuant leave in a layer."""
+    model = random_model(FP32)
+    replace_linears(model, name)
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear):
+            layer.input_scale = (torch.rand(layer.in_features) + 0.5).bfloat16()
+    for y, want in zip(steps(model, "bf16", True), steps(model, "bf16", False), strict=True):
+        assert (y - want).norm() < 1e-5 * want.norm()
+
+
+def test_no_step_where_rows_share_a_scale():
+    model = random_model(FP32)
+    replace_linears(model, "float8dq-tensor")
+    model.setup_cache(1, 8)
+    model.fuse()
+    assert model.step is None
+    assert model(torch.tensor([[3]]), torch.tensor([0])).shape == (1, 1, 150)
 
 
 ATTENTION = [  # B, H, Hkv, T, S, D, start

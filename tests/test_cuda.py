@@ -24,9 +24,9 @@ COMPILED = [  # what inspect_kernels.py's `cases` calls them, rows of x
     *((name, 16) for name in ("int8", "int4 g64", "w4a8 g128")),
     ("bf16", 128), ("int4-sparse24 g128", 128),
     ("int4 g64", 1024), ("embedding", 1), ("rotary and int8 cache", 1),
+    ("inputs made ready, symmetric", 1), ("inputs made ready, float8", 1),
     ("bf16, normed and gated", 1), ("int4 g64, normed and gated", 1), ("int4 g64, residual", 16),
-    ("attention, bf16 cache", 1),
-    ("attention, int8 cache", 512), ("attention's splits joined", 1),
+    ("attention, bf16 cache", 1), ("attention, int8 cache", 512), ("attention's splits joined", 1),
 ]  # fmt: skip
 
 

@@ -27,7 +27,8 @@ class Between:
     """What a Transformer does between two products, done by one of their kernels. M rows, N, K.
 
     Attributes:
-        norm: [K], the weight of an RMSNorm of x; `squares` [M, parts] fp32 add up to its squares.
+        norm: [K], times x first.
+        squares: [M, parts] fp32, the squares of x add up to them; the result is over their root.
         gated: the weight's rows are N / 2 gates, then N / 2 ups: silu(gate) * up comes out.
         residual: [M, N] of the result's type, added to it.
         sum_squares: also leave the squares of the result, [M, tiles], in `out_squares`.
@@ -104,7 +105,7 @@ def blocks(product: Product, item: int) -> tuple[dict, dict]:
         block_n = 64 if block_m == 32 else 128
         warps, stages = (4, 3) if block_m == 32 else (8, 2)
     elif laned:
-        block_n, warps, stages = 64 if block_m == 8 else 32, 2, 4
+        block_n, warps, stages = (64, 2, 4) if block_m == 8 else (32, 2, 3)
     else:
         block_n, warps, stages = (16, 1, 6) if item == 2 else (32, 2, 5)
         constants["J"] = 128
@@ -145,7 +146,7 @@ def matmul_launch(
         sums = torch.empty(programs * count * block_n * block_m, dtype=dtype, device=x.device)
     if between.sum_squares:
         between.out_squares = torch.empty((rows, tiles), device=x.device)
-    normed = between.norm is not None
+    normed = between.squares is not None
     arguments = {
         "x": x, **dict(zip(("fours", "twos", "ones"), planes, strict=True)), "scales": scales,
         "row_scales": row_scales, "table": table, "x_scale": x_scale, "bias": bias, "out": out,

@@ -158,9 +158,10 @@ def matmul(
     PAIRS: codes come by `code_pairs`, those whose scale is not LATE by `scaled_pairs`, those that
     meet an int8 x by `code_quads`. The sums of x that bases and zeros ask for are a product with
     ones.
-    What a Transformer does in between, where it is given: `norm` [K] and `squares` [M, PARTS], x is
-    RMSNorm(x); GATED, half the rows are gates and out [M, N / 2] is silu(gate) * up; `residual`
-    [M, N] is added, and the squares of the result summed up in `out_squares` [M, tiles].
+    What a Transformer does in between, where it is given: `norm` [K] times x, rounded to its type;
+    `squares` [M, PARTS], the result over the rms of x; GATED, half the rows are gates and out [M,
+    N / 2] is silu(gate) * up; `residual` [M, N] is added, and the squares of the result are summed
+    up in `out_squares` [M, tiles].
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
@@ -213,7 +214,7 @@ def matmul(
                 if INTERPRET:
                     xk = (xk.to(tl.float32) * weight.to(tl.float32)[:, None]).to(xk.dtype)
                 else:
-                    xk *= weight[:, None]
+                    xk = (xk * weight[:, None]).to(xk.dtype)
             if GROUP != 0 and not same_group(slot, KIND, GROUP, J):
                 s, zero = group_scale(
                     scales, first, lanes, near, n_groups, N, slot, KIND, ZERO, GROUP, J
@@ -260,7 +261,7 @@ def matmul(
         acc = join_splits(scratch, m_ok, tl.zeros_like(acc), BLOCK_N, BLOCK_M, SPLITS)
         tl.store(arrived + tile, 0)
     y = acc.to(tl.float32)
-    if norm is not None:
+    if squares is not None:
         y *= mean_root(squares, m, m_ok, K, eps, PARTS, PARTS_BLOCK)[None, :]
     y = finish(y, row_scales, x_scale, bias, near, m, m_ok)
     if GATED:

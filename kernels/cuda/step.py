@@ -12,7 +12,10 @@ that another kernel could have made on its way.
     matmul     the head, with the RMSNorm of its input
 
 An RMSNorm is two factors: the weight meets x on its way to the tensor cores, 1 / rms the result.
-The arithmetic is that of the modules, rounded less often.
+The arithmetic is that of the modules, rounded less often. Where a format quantizes its inputs, or
+wants them in another order (2:4), a kernel more in front of each product does that and the norm:
+
+    ready      RMSNorm, input scale, dynamic quantization
 """
 
 import itertools
@@ -23,9 +26,12 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from kernels.activations import FLOAT8_TOKEN, int8_asymmetric, int8_symmetric
 from kernels.cuda.attention import attention_launches
 from kernels.cuda.launch import Launch, multiprocessors
+from kernels.cuda.layout import CHUNK
 from kernels.cuda.linear import Between, Product, converts_float8, matmul_launch
+from kernels.cuda.products import mean_root
 from kernels.cuda.tiles import round_even, wait_for_others
 from kernels.linear import Linear, QuantizedLinear
 
@@ -88,6 +94,62 @@ def place(
     tl.store(out + D // 2, b, mask=ok)
 
 
+@triton.jit
+def e4m3(x):
+    """fp32 of at most 448 to the nearest e4m3, ties to even, on GPUs that cannot convert too."""
+    bits = x.to(tl.int32, bitcast=True)
+    kept = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    small = round_even(x * 512).to(tl.float32) / 512  # below 2^-6 the steps are 2^-9
+    return tl.where(tl.abs(x) < 0.015625, small, kept)
+
+
+@triton.jit
+def ready(
+    x, norm, squares, input_scale, eps, out, x_scale, K,
+    WAY: tl.constexpr, SPARSE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    PARTS_BLOCK: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """x [M, K] -> out [M, K], x_scale [M]; 2:4: [M, 256 ceil(K / 256)]. Grid (M).
+
+    RMSNorm and input scale round to DTYPE, as the modules do; WAY: activations.py's.
+    """
+    wait_for_others(PDL)
+    m = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    ok = i < K
+    v = tl.load(x + m * K + i, mask=ok, other=0).to(tl.float32)
+    if norm is not None:
+        one = m + tl.zeros([1], tl.int64)
+        root = mean_root(squares, one, one >= 0, K, eps, PARTS, PARTS_BLOCK)
+        v = (v * tl.sum(root, axis=0)).to(DTYPE).to(tl.float32)
+        v = (v * tl.load(norm + i, mask=ok, other=0).to(tl.float32)).to(DTYPE).to(tl.float32)
+    if input_scale is not None:
+        factor = tl.load(input_scale + i, mask=ok, other=0).to(tl.float32)
+        v = (v * factor).to(DTYPE).to(tl.float32)
+    if WAY == "symmetric":
+        scale = tl.maximum(tl.max(tl.abs(v), axis=0) / 127, 1e-5)
+        v = round_even(tl.div_rn(v, scale)).to(tl.float32)
+    elif WAY == "asymmetric":
+        low, high = tl.minimum(tl.min(v, axis=0), 0), tl.maximum(tl.max(v, axis=0), 0)
+        scale = tl.maximum((high - low) / 255, 1.1920928955078125e-07)
+        zero = -128 - round_even(tl.div_rn(low, scale)).to(tl.float32)
+        zero = tl.minimum(tl.maximum(zero, -128), 127)
+        v = round_even(tl.div_rn(v, scale)).to(tl.float32) + zero
+        v = tl.minimum(tl.maximum(v, -128), 127) - zero
+    elif WAY == "float8":
+        scale = tl.maximum(tl.max(tl.abs(v), axis=0) / 448, 1e-12)
+        v = e4m3(tl.minimum(tl.maximum(tl.div_rn(v, scale), -448), 448))
+    if WAY != "none":
+        tl.store(x_scale + m, scale)
+    v = v.to(out.dtype.element_ty)
+    if SPARSE:  # layout.sparse_columns: column 128 h + 4 j + c comes to 128 h + 32 c + j
+        i = i // 128 * 128 + i % 4 * 32 + i % 128 // 4
+        width = tl.cdiv(K, 256) * 256
+        tl.store(out + m * width + i, v, mask=i < width)
+    else:
+        tl.store(out + m * K + i, v, mask=ok)
+
+
 def embed_launch(tokens: Tensor, table: Tensor, out: Tensor, squares: Tensor) -> Launch:
     """tokens [B, T], table [V, C] -> out [M, C], squares [M, 1]."""
     c = table.shape[1]
@@ -110,11 +172,42 @@ def place_launch(
     return Launch(place, (b * t, h + 2 * kv), arguments, constants, {"num_warps": 1})
 
 
-class Weight:
-    """A linear layer's weight as `matmul_launch` takes it."""
+def ready_launch(
+    x: Tensor, norm: Tensor | None, squares: Tensor | None, input_scale: Tensor | None, eps: float,
+    out: Tensor, x_scale: Tensor | None, way: str,
+) -> Launch:  # fmt: skip
+    """x [M, K] and its sums of squares [M, parts] -> out [M, K or more], x_scale [M]."""
+    k, parts = x.shape[1], 1 if squares is None else squares.shape[1]
+    arguments = {"x": x, "norm": norm, "squares": squares, "input_scale": input_scale, "eps": eps,
+                 "out": out, "x_scale": x_scale, "K": k}  # fmt: skip
+    constants = {
+        "WAY": way, "SPARSE": out.shape[1] != k or way == "none", "PARTS": parts,
+        "BLOCK": triton.next_power_of_2(max(out.shape[1], k)),
+        "PARTS_BLOCK": triton.next_power_of_2(parts), "DTYPE": TYPES[x.dtype],
+    }  # fmt: skip
+    return Launch(ready, (x.shape[0],), arguments, constants, {"num_warps": 8})
 
-    def __init__(self, layer: nn.Module):
-        self.bias, packed = layer.bias, getattr(layer, "packed", None)
+
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def way_of(layer: nn.Module) -> str | None:
+    """How a layer's inputs are quantized, "none" if not; None: in a way not served here."""
+    quantize = getattr(layer, "quantize_input", None)
+    if quantize is None:
+        return "none"
+    if getattr(layer, "activations", 0) == FLOAT8_TOKEN:
+        return "float8"
+    return {int8_symmetric: "symmetric", int8_asymmetric: "asymmetric"}.get(quantize)
+
+
+class Weight:
+    """A linear layer, and the weight of the RMSNorm in front of it, as the kernels take them."""
+
+    def __init__(self, layer: nn.Module, norm: Tensor | None = None, eps: float = 0.0):
+        self.bias, self.norm, self.eps = layer.bias, norm, eps
+        self.input_scale, self.way = getattr(layer, "input_scale", None), way_of(layer)
+        packed = getattr(layer, "packed", None)
         if packed is None:
             self.n, self.k = layer.weight.shape
             self.form = {"kind": "plain"}
@@ -130,19 +223,48 @@ class Weight:
             planes = [packed.fours, packed.twos, packed.ones]
             rest = (packed.scales, packed.row_scales, packed.table, packed.arrived)
             self.tensors = (planes, *rest)
+        self.sparse = self.form["kind"] == "sparse"
+        self.early = self.sparse or self.way != "none"  # whether `ready` runs
+        if not self.early and self.input_scale is not None:  # one factor more in the norm's place
+            scale = self.input_scale.float()
+            self.norm = scale if norm is None else norm.float() * scale
 
-    def __call__(self, x: Tensor, between: Between) -> Tensor:
-        """x [M, K] -> [M, N], or [M, N / 2] of a gated one."""
-        rows, n = x.shape[0], self.n // 2 if between.gated else self.n
-        out = torch.empty((rows, n), dtype=x.dtype, device=x.device)
-        product = Product(rows, self.n, self.k, x.dtype, **self.form)
+    def __call__(
+        self, x: Tensor, squares: Tensor | None = None, gated: bool = False,
+        residual: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """x [M, K] -> [M, N], of a gated one [M, N / 2]; with a residual, its squares' sums too."""
+        between = Between(self.norm, squares, self.eps, gated, residual, residual is not None)
+        rows, n = x.shape[0], self.n // 2 if gated else self.n
+        out, x_scale = torch.empty((rows, n), dtype=x.dtype, device=x.device), None
+        if self.early:
+            x, x_scale = self.ready(x, squares)
+            between.norm = between.squares = None
+        product = Product(rows, self.n, x.shape[1], x.dtype, **self.form)
         processors = multiprocessors(x.device)
-        matmul_launch(product, x, *self.tensors, None, self.bias, out, processors, between).run()
-        return out
+        launch = matmul_launch(
+            product, x, *self.tensors, x_scale, self.bias, out, processors, between
+        )
+        launch.run()
+        return out, between.out_squares
+
+    def ready(self, x: Tensor, squares: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x [M, K] as the product takes it, and the scales of its rows."""
+        dtype = {"symmetric": torch.int8, "none": x.dtype}.get(self.way, torch.bfloat16)
+        width = -(-self.k // CHUNK) * CHUNK if self.sparse else self.k
+        out = torch.empty((x.shape[0], width), dtype=dtype, device=x.device)
+        x_scale = None
+        if self.way != "none":
+            x_scale = torch.empty(x.shape[0], device=x.device)
+        launch = ready_launch(
+            x, self.norm, squares, self.input_scale, self.eps, out, x_scale, self.way
+        )
+        launch.run()
+        return out, x_scale
 
 
 def serves(model: nn.Module) -> bool:
-    """Whether every product of the model is one kernel of float or packed weights, x as it is."""
+    """Whether every product of the model is of a float weight, or a packed one, in a known way."""
     dtype = model.tok_embeddings.weight.dtype
     layers = [model.output]
     for block in model.layers:
@@ -150,11 +272,9 @@ def serves(model: nn.Module) -> bool:
         layers += [attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2]
     for layer in layers:
         if isinstance(layer, QuantizedLinear):
-            packed = layer.packed
-            if packed is None or layer.quantize_input is not None or layer.input_scale is not None:
+            if layer.packed is None or way_of(layer) is None:
                 return False
-            wide = packed.exponent == 5 and dtype == torch.float16  # passes fp16's largest number
-            if packed.kind == "sparse" or wide:
+            if layer.packed.exponent == 5 and dtype == torch.float16:  # passes its largest number
                 return False
         elif type(layer) is not Linear or layer.weight.dtype != dtype:
             return False
@@ -170,10 +290,13 @@ class Step:
         self.blocks = []
         for block in model.layers:
             attention, feed_forward = block.attention, block.feed_forward
-            layers = (attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2)
-            norms = (block.attention_norm.weight, block.ffn_norm.weight)
-            self.blocks.append((*map(Weight, layers), *norms, attention.kv_cache))
-        self.head, self.norm = Weight(model.output), model.norm.weight
+            norms = block.attention_norm, block.ffn_norm
+            self.blocks.append((
+                Weight(attention.wqkv, norms[0].weight, norms[0].eps), Weight(attention.wo),
+                Weight(feed_forward.w13, norms[1].weight, norms[1].eps), Weight(feed_forward.w2),
+                attention.kv_cache,
+            ))  # fmt: skip
+        self.head = Weight(model.output, model.norm.weight, model.norm.eps)
 
     def attention(self, qkv: Tensor, cache: nn.Module, start: Tensor, t: int) -> Tensor:
         """qkv [M, (H + 2 H_kv) D] -> [M, H D], the keys and values added to the cache."""
@@ -192,22 +315,19 @@ class Step:
 
     def run(self, tokens: Tensor, start: Tensor, last: Tensor | None) -> Tensor:
         """As `Transformer.forward`, for B T <= MOST_ROWS tokens."""
-        (b, t), c, eps = tokens.shape, self.config.dim, self.config.norm_eps
+        (b, t), c = tokens.shape, self.config.dim
         x = torch.empty((b * t, c), dtype=self.embedding.dtype, device=tokens.device)
         squares = torch.empty((b * t, 1), device=tokens.device)
         embed_launch(tokens.contiguous(), self.embedding, x, squares).run()
-        for wqkv, wo, w13, w2, attention_norm, ffn_norm, cache in self.blocks:
-            qkv = wqkv(x, Between(attention_norm, squares, eps))
-            between = Between(residual=x, sum_squares=True)
-            x = wo(self.attention(qkv, cache, start, t), between)
-            hidden = w13(x, Between(ffn_norm, between.out_squares, eps, gated=True))
-            between = Between(residual=x, sum_squares=True)
-            x = w2(hidden, between)
-            squares = between.out_squares
+        for wqkv, wo, w13, w2, cache in self.blocks:
+            qkv, _ = wqkv(x, squares)
+            x, squares = wo(self.attention(qkv, cache, start, t), residual=x)
+            hidden, _ = w13(x, squares, gated=True)
+            x, squares = w2(hidden, residual=x)
         if last is not None:
             rows = torch.arange(b, device=last.device) * t + last
             x, squares, t = x[rows], squares[rows], 1
-        return self.head(x, Between(self.norm, squares, eps)).view(b, t, -1)
+        return self.head(x, squares)[0].view(b, t, -1)
 
 
 _steps: weakref.WeakValueDictionary[int, Step] = weakref.WeakValueDictionary()
@@ -217,7 +337,7 @@ _numbers = itertools.count()
 def make_step(model: nn.Module) -> tuple[int, Step] | None:
     """The step of a model, and the number by which `triton_decode` knows it while it lives.
 
-    None where a layer's product is not one kernel: activations are quantized, or scaled, first.
+    None where a layer is not known here.
     """
     if not serves(model):
         return None
