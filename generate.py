@@ -55,8 +55,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--threads", type=int, help="CPU threads; default: torch's, one per core")
     add("--kernels", choices=KERNELS, default="auto", help="auto: ours, C++ on the CPU and Triton "
-        "on a GPU; triton; triton-pdl: overlapping (sm_90); inductor: plain PyTorch forms; aten: ATen's own int4 and int8 products "
-        "on a GPU")  # fmt: skip
+        "on a GPU; triton; triton-pdl: they overlap (sm_90); inductor: plain PyTorch forms; aten: "
+        "ATen's own int4 and int8 products on a GPU")  # fmt: skip
     add("--exact_activations", action="store_true",
         help="CPU: weight-only kernels do not round activations")  # fmt: skip
 

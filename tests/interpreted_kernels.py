@@ -227,6 +227,16 @@ def test_whole_step_with_input_scales(name):
         assert (y - want).norm() < 1e-5 * want.norm()
 
 
+def test_whole_step_fp16_holds_a_large_residual():
+    """x times the norm's weight passes fp16's largest number here; the norm of x does not."""
+    model = random_model(FP16)
+    model.tok_embeddings.weight *= 5000
+    for block in model.layers:
+        block.attention_norm.weight *= 20
+    for y, want in zip(steps(model, "bf16", True), steps(model, "bf16", False), strict=True):
+        assert (y - want).norm() < 1e-2 * want.norm()
+
+
 def test_no_step_where_rows_share_a_scale():
     model = random_model(FP32)
     replace_linears(model, "float8dq-tensor")

@@ -55,7 +55,7 @@ def code_tile(
 
 
 @triton.jit
-def weight_tile(
+def scaled_value(
     fours, twos, ones, table, s, zero, slot: tl.constexpr, KIND: tl.constexpr,
     BITS: tl.constexpr, EXPONENT: tl.constexpr, MID: tl.constexpr, ZERO: tl.constexpr,
     GROUP: tl.constexpr, INNER: tl.constexpr,
@@ -75,6 +75,27 @@ def weight_tile(
             return w
         else:
             return w + group_offset(s, zero, MID, ZERO)
+
+
+@triton.jit
+def weight_tile(
+    fours, twos, ones, table, s, zero, slot: tl.constexpr, KIND: tl.constexpr,
+    BITS: tl.constexpr, EXPONENT: tl.constexpr, MID: tl.constexpr, ZERO: tl.constexpr,
+    GROUP: tl.constexpr, INNER: tl.constexpr, PAIRS: tl.constexpr, dtype: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """`scaled_value` as x's type, by the packed ways where there is one."""
+    if PAIRS and dtype == tl.int8:
+        return code_quads(fours, s, slot, GROUP, INTERPRET)
+    elif PAIRS and GROUP == 0:
+        return code_pairs(fours, twos, ones, slot, KIND, BITS, EXPONENT, dtype, INTERPRET)
+    elif PAIRS:
+        return scaled_pairs(fours, twos, ones, s, zero, slot, BITS, MID, ZERO, INTERPRET)
+    else:
+        w = scaled_value(
+            fours, twos, ones, table, s, zero, slot, KIND, BITS, EXPONENT, MID, ZERO, GROUP, INNER
+        )
+        return operand(w, dtype, INTERPRET)
 
 
 @triton.jit
@@ -116,6 +137,39 @@ def dot(a, b, acc, INTEGER: tl.constexpr, INTERPRET: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def x_tile(pointers, norm, columns, m_ok, K, EVEN: tl.constexpr, INTERPRET: tl.constexpr):
+    """Columns [J] of the rows of x, [J, BLOCK_M], times their entries of `norm` [K]."""
+    mask = m_ok[None, :]
+    if not EVEN:
+        mask = mask & (columns < K)[:, None]
+    x = tl.load(pointers, mask=mask, other=0)
+    if norm is None:
+        return x
+    else:
+        weight = tl.load(norm + (columns if EVEN else tl.minimum(columns, K - 1)))[:, None]
+        if INTERPRET:
+            return (x.to(tl.float32) * weight.to(tl.float32)).to(x.dtype)
+        else:
+            return (x * weight).to(x.dtype)
+
+
+@triton.jit
+def store_tile(y, out, residual, out_squares, m, m_ok, N):
+    """y [BLOCK_N, BLOCK_M] fp32, plus the residual, to out [M, N]; its squares' sums, by tile."""
+    n = tl.program_id(1) * y.shape[0] + tl.arange(0, y.shape[0])
+    place = (m.to(tl.int64) * N)[None, :] + n[:, None]
+    mask = (n < N)[:, None] & m_ok[None, :]
+    if residual is not None:
+        y += tl.load(residual + place, mask=mask, other=0).to(tl.float32)
+    y = y.to(out.dtype.element_ty)
+    tl.store(out + place, y, mask=mask)
+    if out_squares is not None:
+        y = tl.where(mask, y.to(tl.float32), 0.0)
+        total = tl.sum(y * y, axis=0)
+        tl.store(out_squares + m * tl.num_programs(1) + tl.program_id(1), total, mask=m_ok)
 
 
 @triton.jit
@@ -174,12 +228,9 @@ def matmul(
     begin = split * chunks_per_split
     if PDL:  # weights are there already: they are on their way while the kernel in front ends
         line, left = near.to(tl.int64) * width + begin * J, width - begin * J
-        if fours is not None:
-            prefetch(fours, line, left, J, STAGES)
-        if twos is not None:
-            prefetch(twos, line, left, J, STAGES)
-        if ones is not None:
-            prefetch(ones, line, left, J, STAGES)
+        prefetch(fours, line, left, J, STAGES)
+        prefetch(twos, line, left, J, STAGES)
+        prefetch(ones, line, left, J, STAGES)
     wait_for_others(PDL)
     lanes = tl.arange(0, J)
     start = (near.to(tl.int64) * width)[:, None] + lanes[None, :]
@@ -204,17 +255,7 @@ def matmul(
         total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for slot in tl.static_range(SLOTS):
             k = first + slot * J
-            if EVEN:
-                x_mask = m_ok[None, :]
-            else:
-                x_mask = (k + lanes < K)[:, None] & m_ok[None, :]
-            xk = tl.load(x_start + k, mask=x_mask, other=0)
-            if norm is not None:
-                weight = tl.load(norm + (k + lanes if EVEN else tl.minimum(k + lanes, K - 1)))
-                if INTERPRET:
-                    xk = (xk.to(tl.float32) * weight.to(tl.float32)[:, None]).to(xk.dtype)
-                else:
-                    xk = (xk * weight[:, None]).to(xk.dtype)
+            xk = x_tile(x_start + k, norm, k + lanes, m_ok, K, EVEN, INTERPRET)
             if GROUP != 0 and not same_group(slot, KIND, GROUP, J):
                 s, zero = group_scale(
                     scales, first, lanes, near, n_groups, N, slot, KIND, ZERO, GROUP, J
@@ -237,18 +278,10 @@ def matmul(
                     part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
                     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             else:
-                if PAIRS and INTEGER:
-                    w = code_quads(a, s, slot, GROUP, INTERPRET)
-                elif PAIRS and GROUP == 0:
-                    w = code_pairs(a, b, c, slot, KIND, BITS, EXPONENT, xk.dtype, INTERPRET)
-                elif PAIRS:
-                    w = scaled_pairs(a, b, c, s, zero, slot, BITS, MID, ZERO, INTERPRET)
-                else:
-                    w = weight_tile(
-                        a, b, c, table, s, zero, slot, KIND, BITS, EXPONENT, MID, ZERO, GROUP,
-                        INNER,
-                    )  # fmt: skip
-                    w = operand(w, xk.dtype, INTERPRET)
+                w = weight_tile(
+                    a, b, c, table, s, zero, slot, KIND, BITS, EXPONENT, MID, ZERO, GROUP, INNER,
+                    PAIRS, xk.dtype, INTERPRET,
+                )  # fmt: skip
                 acc = dot(w, xk, acc, INTEGER, INTERPRET)
     if SPLITS > 1:
         tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
@@ -265,20 +298,9 @@ def matmul(
         y *= mean_root(squares, m, m_ok, K, eps, PARTS, PARTS_BLOCK)[None, :]
     y = finish(y, row_scales, x_scale, bias, near, m, m_ok)
     if GATED:
-        y = gate(y, BLOCK_N, BLOCK_M)
-    WIDE: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    n_out = N // 2 if GATED else N
-    rows = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
-    place = (m.to(tl.int64) * n_out)[None, :] + rows[:, None]
-    mask = (rows < n_out)[:, None] & m_ok[None, :]
-    if residual is not None:
-        y += tl.load(residual + place, mask=mask, other=0).to(tl.float32)
-    y = y.to(out.dtype.element_ty)
-    tl.store(out + place, y, mask=mask)
-    if out_squares is not None:
-        y = tl.where(mask, y.to(tl.float32), 0.0)
-        total = tl.sum(y * y, axis=0)
-        tl.store(out_squares + m * tl.num_programs(1) + tl.program_id(1), total, mask=m_ok)
+        store_tile(gate(y, BLOCK_N, BLOCK_M), out, residual, out_squares, m, m_ok, N // 2)
+    else:
+        store_tile(y, out, residual, out_squares, m, m_ok, N)
 
 
 @triton.jit
@@ -311,7 +333,7 @@ def dequantize(
             s, zero = group_scale(
                 scales, first, lanes, near, n_groups, N, slot, KIND, ZERO, GROUP, J
             )
-        w = weight_tile(
+        w = scaled_value(
             a, b, c, table, s, zero, slot, KIND, BITS, EXPONENT, MID, ZERO, GROUP, INNER
         )  # fmt: skip
         if row_scales is not None:

@@ -174,14 +174,14 @@ def place_launch(
 
 def ready_launch(
     x: Tensor, norm: Tensor | None, squares: Tensor | None, input_scale: Tensor | None, eps: float,
-    out: Tensor, x_scale: Tensor | None, way: str,
+    out: Tensor, x_scale: Tensor | None, way: str, sparse: bool = False,
 ) -> Launch:  # fmt: skip
     """x [M, K] and its sums of squares [M, parts] -> out [M, K or more], x_scale [M]."""
     k, parts = x.shape[1], 1 if squares is None else squares.shape[1]
     arguments = {"x": x, "norm": norm, "squares": squares, "input_scale": input_scale, "eps": eps,
                  "out": out, "x_scale": x_scale, "K": k}  # fmt: skip
     constants = {
-        "WAY": way, "SPARSE": out.shape[1] != k or way == "none", "PARTS": parts,
+        "WAY": way, "SPARSE": sparse, "PARTS": parts,
         "BLOCK": triton.next_power_of_2(max(out.shape[1], k)),
         "PARTS_BLOCK": triton.next_power_of_2(parts), "DTYPE": TYPES[x.dtype],
     }  # fmt: skip
@@ -224,7 +224,9 @@ class Weight:
             rest = (packed.scales, packed.row_scales, packed.table, packed.arrived)
             self.tensors = (planes, *rest)
         self.sparse = self.form["kind"] == "sparse"
-        self.early = self.sparse or self.way != "none"  # whether `ready` runs
+        # Whether `ready` runs. Before its division by the rms, fp16 would not hold a large x.
+        large = norm is not None and norm.dtype == torch.float16
+        self.early = self.sparse or self.way != "none" or large
         if not self.early and self.input_scale is not None:  # one factor more in the norm's place
             scale = self.input_scale.float()
             self.norm = scale if norm is None else norm.float() * scale
@@ -257,7 +259,7 @@ class Weight:
         if self.way != "none":
             x_scale = torch.empty(x.shape[0], device=x.device)
         launch = ready_launch(
-            x, self.norm, squares, self.input_scale, self.eps, out, x_scale, self.way
+            x, self.norm, squares, self.input_scale, self.eps, out, x_scale, self.way, self.sparse
         )
         launch.run()
         return out, x_scale

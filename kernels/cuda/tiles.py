@@ -41,14 +41,15 @@ def wait_for_others(PDL: tl.constexpr):
 @triton.jit
 def prefetch(plane, start, width, J: tl.constexpr, STAGES: tl.constexpr):
     """Ask the second-level cache for the columns of the first STAGES tiles of rows of storage."""
-    ITEM: tl.constexpr = plane.dtype.element_ty.primitive_bitwidth // 8
-    LINES: tl.constexpr = max(1, STAGES * J * ITEM // 128)
-    lines = tl.arange(0, triton.next_power_of_2(LINES)) * (128 // ITEM)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
-        [plane + start[:, None] + tl.minimum(lines, width - 1)[None, :]],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    if plane is not None:
+        ITEM: tl.constexpr = plane.dtype.element_ty.primitive_bitwidth // 8
+        LINES: tl.constexpr = max(1, STAGES * J * ITEM // 128)
+        lines = tl.arange(0, triton.next_power_of_2(LINES)) * (128 // ITEM)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
+            [plane + start[:, None] + tl.minimum(lines, width - 1)[None, :]],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
