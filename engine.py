@@ -23,6 +23,7 @@ from model import Transformer
 
 BUCKETS = (64, 128, 256, 512)  # a prompt runs in chunks of these sizes, padded on the right
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+GRAPH_MODES = ("reduce-overhead", "max-autotune")  # that capture a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,8 @@ class Engine:
         buckets: sizes of prefill chunks, ascending. None: chunks of the largest bucket and the rest
             unpadded, compiled for a dynamic length.
         spare: slots beyond `length`, written to but never kept.
-        fused: run steps as one operator where there is one; then hooks on layers are not called.
+        fused: run steps as one operator where there is one; then hooks on layers are not called. On
+            CUDA only in a graph, outside of which the host would be busy launching its kernels.
     """
 
     def __init__(
@@ -213,7 +215,7 @@ class Engine:
         self.device = model.tok_embeddings.weight.device
         self.slots, self.buckets = cache_length(length + spare), buckets
         self.own_cache = model.setup_cache(batch, self.slots, kv_cache)
-        if fused:
+        if fused and (self.device.type == "cpu" or compile_mode in GRAPH_MODES):
             model.fuse()
         self.generator = torch.Generator().manual_seed(seed)
         self.cached: list[int] = []  # the tokens whose keys and values row 0 of the cache holds

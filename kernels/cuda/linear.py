@@ -19,7 +19,7 @@ from kernels.cuda.layout import CHUNK, DEQUANTIZE_ROWS, LANES, SLOTS
 
 LATE_ROWS = 16  # up to this block of rows the scales of groups meet the sums
 MAX_SPLITS = 16
-PROGRAMS = 2  # wanted on each multiprocessor
+PROGRAMS = 3  # wanted on each multiprocessor
 
 
 @dataclass
@@ -107,7 +107,7 @@ def blocks(product: Product, item: int) -> tuple[dict, dict]:
     elif laned:
         block_n, warps, stages = (64, 2, 4) if block_m == 8 else (32, 2, 3)
     else:
-        block_n, warps, stages = (16, 1, 6) if item == 2 else (32, 2, 5)
+        block_n, warps, stages = {1: (32, 2, 5), 2: (16, 1, 8), 4: (16, 1, 5)}[item]
         constants["J"] = 128
     constants |= {
         "BLOCK_N": block_n, "STAGES": stages, "INTEGER": product.dtype == torch.int8,
