@@ -17,8 +17,7 @@ from torch import Tensor
 
 from errors import UserError
 from kernels import native
-from kernels.choice import dependent_launch
-from kernels.decode import decode_greedy
+from kernels.decode import MOST_ROWS, decode_greedy
 from model import Transformer
 
 BUCKETS = (64, 128, 256, 512)  # a prompt runs in chunks of these sizes, padded on the right
@@ -228,9 +227,10 @@ class Engine:
             self.compiled.append("prefill")
             dynamic = buckets is None
             self.prefill_step = torch.compile(self._prefill_step, fullgraph=True, dynamic=dynamic)
-            # Up to MOST_ROWS rows the model is one operator: dynamic needs one of these too.
+            # Up to MOST_ROWS rows the model is one operator: dynamic needs these too, on CUDA of
+            # every block of rows.
             # The largest chunk is cut to the cache's size: the longest prompt runs it.
-            sizes = {min(b, length - 1) for b in buckets or (2, *BUCKETS)}
+            sizes = {min(b, length - 1) for b in buckets or (2, 9, MOST_ROWS, *BUCKETS)}
             self.warm_sizes = sorted(sizes - {0})
 
     def compile(self, name: str, step: Callable, rows: int) -> Callable:
@@ -242,6 +242,8 @@ class Engine:
         if self.compile_mode is None or self.model.fused(rows):
             return step
         self.compiled.append(name)
+        if self.model.step_number is not None:  # of which every engine has another
+            torch._dynamo.config.recompile_limit = 2**20
         return torch.compile(step, mode=self.compile_mode, fullgraph=True, dynamic=False)
 
     def _decode_step(self, token: Tensor, start: Tensor, u: Tensor) -> Tensor:
@@ -400,7 +402,6 @@ def configure_compiler() -> None:
     config.coordinate_descent_tuning = True
     config.size_asserts = False  # checks between kernels, every step
     config.triton.unique_kernel_names = True
-    config.triton.enable_pdl = dependent_launch()
     torch.set_float32_matmul_precision("high")
 
 

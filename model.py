@@ -277,7 +277,8 @@ class Transformer(nn.Module):
             self.output.weight = self.tok_embeddings.weight
         self.cache_length = 0
         self.register_buffer("plan", None, persistent=False)  # see `fuse`
-        self.step: int | None = None
+        self.step_number: int | None = None
+        self._step: object | None = None
         self.requires_grad_(False)
 
     def setup_cache(self, batch: int, length: int, kind: str = "bf16") -> KVCache:
@@ -291,7 +292,8 @@ class Transformer(nn.Module):
         for layer in self.layers:
             layer.attention.kv_cache = KV_CACHES[kind](*cache)
             native.settle(layer.attention.kv_cache)
-        self.cache_length, self.plan, self.step = length, None, None
+        self.cache_length = length
+        self.unfuse()
         angles = torch.outer(torch.arange(length).float(), rope_frequencies(config)).to(device)
         self.register_buffer("rope_cos", angles.cos(), persistent=False)  # [S, D / 2]
         self.register_buffer("rope_sin", angles.sin(), persistent=False)
@@ -309,7 +311,11 @@ class Transformer(nn.Module):
         are replaced afterwards go unnoticed until `fuse` is called again.
         """
         self.plan = plan_decode(self)
-        self.step, self._kernels = make_step(self) or (None, None)
+        self.step_number, self._step = make_step(self) or (None, None)
+
+    def unfuse(self) -> None:
+        """Run as modules again; what `fuse` has made is let go."""
+        self.plan = self.step_number = self._step = None
 
     def fused(self, rows: int) -> bool:
         """Whether so many rows (B T) run as one C++ operator."""
@@ -318,8 +324,10 @@ class Transformer(nn.Module):
     def __deepcopy__(self, memo: dict) -> "Transformer":
         """A copy that is not fused: the plan knows the tensors of this model alone."""
         other = memo[id(self)] = self.__class__.__new__(self.__class__)
-        other.__dict__ = copy.deepcopy(self.__dict__, memo)
-        other.plan = other.step = None
+        fused = ("_step", "step_number")
+        own = {name: value for name, value in self.__dict__.items() if name not in fused}
+        other.__dict__ = copy.deepcopy(own, memo)
+        other.unfuse()
         return other
 
     def rope(self, position: Tensor) -> tuple[Tensor, Tensor]:
@@ -340,8 +348,8 @@ class Transformer(nn.Module):
         """
         if self.fused(tokens.numel()):
             return decode(self.plan, tokens, self.tok_embeddings.weight, start, last)
-        if self.step is not None and tokens.numel() <= MOST_ROWS:
-            return decode_step(self.step, tokens, start, last)
+        if self.step_number is not None and tokens.numel() <= MOST_ROWS:
+            return decode_step(self.step_number, tokens, start, last)
         position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # [B, T]
         cos, sin = self.rope(position)
         x = self.tok_embeddings(tokens)  # [B, T, C]

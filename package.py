@@ -87,7 +87,8 @@ def write_package(engine: Engine, path: Path, report: Callable[[str], None]) -> 
         raise UserError(f"{path}: the name of a package ends in .pt2")
     batch, device = engine.batch, engine.device
     start = torch.zeros(batch, dtype=torch.int64, device=device)
-    engine.model.step = None  # the number of a step means nothing to another process
+    if engine.model.step_number is not None:  # it means nothing to another process
+        engine.model.unfuse()
     examples = {DECODE: (DecodeStep(engine.model), (start[:, None].clone(), start))}
     for size in chunk_sizes(engine.slots):
         tokens = torch.zeros(batch, size, dtype=torch.int64, device=device)

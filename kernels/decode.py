@@ -78,5 +78,5 @@ def make_step(model: nn.Module) -> tuple[int, object] | None:
 
 
 def decode_step(number: int, tokens: Tensor, start: Tensor, last: Tensor | None = None) -> Tensor:
-    """As `Transformer.forward`, for B T <= MOST_ROWS tokens."""
+    """As `Transformer.forward`, for B T <= MOST_ROWS tokens. No position is checked."""
     return torch.ops.flatllama.triton_decode(number, tokens, start, last)

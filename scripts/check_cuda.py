@@ -6,7 +6,7 @@ Checking comes first: every format, rows of every kernel, ragged and regular sha
 canonical weight's product in fp64; attention against its reference; a whole step as one operator
 against the modules, and with overlapping kernels, which must change no bit. Nearly all of that
 time is Triton's, which compiles over a thousand kernels, so each format is checked in a process of
-its own, `--jobs` at a time; a crash ends that format's checks alone. The times are of Llama-3-8B's
+its own, `--jobs` at a time; a crash ends those checks alone. The times are of Llama-3-8B's
 largest weight [28672, 4096], replayed in a CUDA graph over several copies of the weight, so that
 none is in the cache; beside each the same product of a plain bf16 weight by the library, timed in
 turns. Exit code 1 if a kernel is wrong.
@@ -86,16 +86,16 @@ def check_format(name: str) -> list[dict]:
     return found
 
 
-def check_apart(name: str) -> list[dict]:
-    """`check_format` in a process of its own; one that fails counts as wrong."""
+def check_apart(unit: str) -> list[dict]:
+    """`check` in a process of its own; one that fails counts as wrong."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "checks.json"
-        command = [sys.executable, __file__, "--check", name, "--json", str(out)]
+        command = [sys.executable, __file__, "--check", unit, "--json", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if out.exists():
             return json.loads(out.read_text())["checks"]
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return [{"what": f"{name}: {last}", "error": float("nan"), "ok": False}]
+        return [{"what": f"{unit}: {last}", "error": float("nan"), "ok": False}]
 
 
 def check_float() -> list[dict]:
@@ -151,39 +151,63 @@ def step_model(name: str, cache: str, batch: int) -> Transformer:
     return model
 
 
-def same_bits(call: Callable[[], torch.Tensor]) -> bool:
-    """Whether a call gives the same 100 times in CUDA graphs of four, one close upon the other."""
-    want, outputs = call(), []
-    graph = graph_of([lambda: outputs.append(call())] * 4)
+def wrong_rounds(model: Transformer, batch: int, t: int, kernels: str) -> int:
+    """Of 25 rounds, how many differ in some bit from the same steps one at a time.
+
+    A round replays a graph of four steps at different positions, whose inputs are new each time, so
+    that what a kernel reads too early is not what it would have read in time.
+    """
+    inputs = [
+        (torch.zeros(batch, t, dtype=torch.int64, device="cuda"),
+         torch.arange(300 + 20 * i, 300 + 20 * i + batch, device="cuda")) for i in range(4)
+    ]  # fmt: skip
+    choice.kernels(kernels)
+    outputs = []
+    graph = graph_of([lambda pair=pair: outputs.append(model(*pair)) for pair in inputs])
+    wrong = 0
     for _ in range(25):
+        for tokens, _start in inputs:
+            tokens.random_(STEP_CONFIG.vocab_size)
         graph.replay()
-        if not all(torch.equal(output, want) for output in outputs[-4:]):
-            return False
-    return True
+        found = [output.clone() for output in outputs[-4:]]
+        choice.kernels("triton")
+        for output, pair in zip(found, inputs, strict=True):
+            torch.cuda.synchronize()
+            if not torch.equal(output, model(*pair)):
+                wrong += 1
+                break
+    return wrong
 
 
-def check_step() -> list[dict]:
+def check_step(name: str, cache: str) -> list[dict]:
     """A step as one operator against the modules, and with overlapping kernels against itself.
 
     A kernel that does not wait for the one in front would sooner or later change some bit.
     """
     found = []
-    for name, cache in STEPS:
-        for batch, t in ((1, 1), (2, 8), (3, 1)):
-            model = step_model(name, cache, batch)
-            tokens = torch.randint(0, STEP_CONFIG.vocab_size, (batch, t), device="cuda")
-            start = torch.arange(300, 300 + batch, device="cuda")
-            want = model(tokens, start).double()
-            model.fuse()
-            error = relative(model(tokens, start), want)
-            what = f"step of {name}, {cache} cache, {batch} x {t}"
-            found.append({"what": what, "error": error, "ok": error < 0.05})
-            for kernels in ("triton", "triton-pdl")[: 1 + overlaps()]:
-                choice.kernels(kernels)
-                ok = same_bits(partial(model, tokens, start))
-                found.append({"what": f"{what}, {kernels}: same bits", "error": 0.0, "ok": ok})
-            choice.kernels("triton")
+    for batch, t in ((1, 1), (2, 8), (3, 1)):
+        model = step_model(name, cache, batch)
+        tokens = torch.randint(0, STEP_CONFIG.vocab_size, (batch, t), device="cuda")
+        start = torch.arange(300, 300 + batch, device="cuda")
+        want = model(tokens, start).double()
+        model.fuse()
+        error = relative(model(tokens, start), want)
+        what = f"step of {name}, {cache} cache, {batch} x {t}"
+        found.append({"what": what, "error": error, "ok": error < 0.05})
+        for kernels in ("triton", "triton-pdl")[: 1 + overlaps()]:
+            wrong = wrong_rounds(model, batch, t, kernels)
+            what = f"step of {name}, {cache} cache, {batch} x {t}, {kernels}: rounds that differ"
+            found.append({"what": what, "error": wrong, "ok": wrong == 0})
     return found
+
+
+def check(unit: str) -> list[dict]:
+    """The checks of a unit: a format, "float", "attention" or "step FORMAT CACHE"."""
+    if unit in FORMATS:
+        return check_format(unit)
+    if unit.startswith("step "):
+        return check_step(*unit.split()[1:])
+    return {"float": check_float, "attention": check_attention}[unit]()
 
 
 def overlaps() -> bool:
@@ -194,6 +218,7 @@ def overlaps() -> bool:
 def graph_of(calls: list[Callable]) -> torch.cuda.CUDAGraph:
     """The calls, warmed up and captured."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for call in calls[:3]:
             call()
@@ -268,7 +293,7 @@ def main() -> int:
     parser.add_argument("--shape", type=int, nargs=2, default=(28672, 4096), metavar=("N", "K"))
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="formats at a time")
-    parser.add_argument("--check", metavar="FORMAT", help="check this format here and stop")
+    parser.add_argument("--check", metavar="UNIT", help="check this alone, here, and stop")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -289,12 +314,15 @@ def main() -> int:
             args.json.write_text(json.dumps(figures, indent=1))
 
     if args.check:
-        keep(checks=check_format(args.check))
+        keep(checks=check(args.check))
         return 0
-    checks = check_float() + check_attention() + check_step()
-    names = args.formats.split(",") if args.formats else list(FORMATS)
+    units = ["float", "attention", *(f"step {name} {cache}" for name, cache in STEPS)]
+    units += args.formats.split(",") if args.formats else list(FORMATS)
+    checks = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        checks += [check for found in pool.map(check_apart, names) for check in found]
+        for found in pool.map(check_apart, units):
+            checks += found
+            keep(checks=checks)
     wrong = [c for c in checks if not c["ok"]]
     for c in wrong:
         print(f"WRONG {c['what']}: error {c['error']:.2e}")

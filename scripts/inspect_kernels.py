@@ -22,10 +22,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kernels.choice import load_triton
-from kernels.cuda.launch import Launch
+from kernels.cuda.launch import Card, Launch
 
 N = K = 4096
 PROCESSORS = 132  # of an H100 or H200
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a program
 # name: kind, bits, other fields of Product
 FORMATS = {
     "bf16": ("plain", 16, {}),
@@ -69,19 +70,21 @@ def weight_tensors(kind: str, bits: int, rest: dict):
     return planes(kind, bits), scales, row_scales, table
 
 
-def product_launch(name: str, rows: int, **between) -> Launch:
+def product_launch(
+    name: str, rows: int, capability: int, dtype: torch.dtype = torch.bfloat16, **between
+) -> Launch:
     """What a product of so many rows launches; see linear.Between for the rest."""
     from kernels.cuda.linear import Between, Product, matmul_launch
 
     kind, bits, rest = FORMATS[name]
-    rest = {"dtype": torch.bfloat16} | rest
+    rest = {"dtype": dtype} | rest
     product = Product(rows, N, K, kind=kind, bits=min(bits, 8), **rest)
     x = empty(rows, K, dtype=product.dtype)
     x_scale = empty(rows, dtype=torch.float32) if product.dtype == torch.int8 else None
     tensors, arrived = weight_tensors(kind, bits, rest), empty(N, dtype=torch.int32)
-    between = Between(**between)
+    between, on = Between(**between), Card(PROCESSORS, SHARED[capability])
     out = empty(rows, N // 2 if between.gated else N)
-    return matmul_launch(product, x, *tensors, arrived, x_scale, None, out, PROCESSORS, between)
+    return matmul_launch(product, x, *tensors, arrived, x_scale, None, out, on, between)
 
 
 def dequantize_launch(name: str) -> Launch:
@@ -100,10 +103,12 @@ def attention_launches(tokens: int, dtype: torch.dtype) -> list[Launch]:
     start, scale = empty(1, dtype=torch.int64), None
     if dtype == torch.int8:
         scale = empty(1, 8, 4096, 1)
-    return attention.attention_launches(q, cache, cache, start, scale, scale, q, PROCESSORS)
+    return attention.attention_launches(
+        q, cache, cache, start, scale, scale, q, Card(PROCESSORS, 0)
+    )
 
 
-def step_launches() -> Iterator[tuple[str, int, Launch]]:
+def step_launches(capability: int) -> Iterator[tuple[str, int, Launch]]:
     """What cuda/step.py launches besides: Llama-3-8B, one token."""
     from kernels.cuda.step import embed_launch, place_launch, ready_launch
 
@@ -128,8 +133,8 @@ def step_launches() -> Iterator[tuple[str, int, Launch]]:
             squares = empty(rows, 64, dtype=torch.float32)
             gated = {"norm": norm, "squares": squares, "eps": 1e-5, "gated": True}
             added = {"residual": empty(rows, N), "sum_squares": True}
-            yield f"{name}, normed and gated", rows, product_launch(name, rows, **gated)
-            yield f"{name}, residual", rows, product_launch(name, rows, **added)
+            yield f"{name}, normed and gated", rows, product_launch(name, rows, capability, **gated)
+            yield f"{name}, residual", rows, product_launch(name, rows, capability, **added)
 
 
 def compiles(launch: Launch, capability: int) -> bool:
@@ -137,18 +142,18 @@ def compiles(launch: Launch, capability: int) -> bool:
     return capability >= 89 or launch.constants.get("KIND") != "e4m3"
 
 
-def cases() -> Iterator[tuple[str, int, Launch]]:
+def cases(capability: int) -> Iterator[tuple[str, int, Launch]]:
     """(what, rows, launch) of every kernel and format."""
     for name in FORMATS:
         for rows in (1, 16, 128):
-            yield name, rows, product_launch(name, rows)
+            yield name, rows, product_launch(name, rows, capability)
     for name in ("int4 g64", "fp6"):
         yield name, 1024, dequantize_launch(name)
     for dtype in (torch.bfloat16, torch.int8):
         cache = str(dtype).removeprefix("torch.").replace("bfloat16", "bf16")
         for tokens in (1, 512):
             yield f"attention, {cache} cache", tokens, attention_launches(tokens, dtype)[0]
-    yield from step_launches()
+    yield from step_launches(capability)
     yield "attention's splits joined", 1, attention_launches(1, torch.bfloat16)[1]
 
 
@@ -230,7 +235,8 @@ def table_row(what: str, rows: int, launch: Launch, capability: int) -> str:
 def main() -> None:
     """Compile the kernels and print what became of them."""
     parser = argparse.ArgumentParser(description="Compile the Triton kernels without a GPU.")
-    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90],
+                        choices=SHARED)  # fmt: skip
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--markdown", action="store_true", help="the whole of cuda_aot.md")
     args = parser.parse_args()
@@ -241,9 +247,9 @@ def main() -> None:
         print(f"# The Triton kernels, compiled without a GPU\n\nTriton {triton.__version__}.")
         print(f"\n```\n{__doc__.strip()}\n```\n")
     print(HEADER)
-    for what, rows, launch in cases():
-        if args.only in what:
-            for capability in (c for c in args.capability if compiles(launch, c)):
+    for capability in args.capability:
+        for what, rows, launch in cases(capability):
+            if args.only in what and compiles(launch, capability):
                 print(table_row(what, rows, launch, capability), flush=True)
 
 

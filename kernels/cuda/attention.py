@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.choice import interpreting
-from kernels.cuda.launch import Launch, multiprocessors
+from kernels.cuda.launch import Card, Launch, card
 from kernels.cuda.products import dot, operand
 from kernels.cuda.tiles import wait_for_others
 
@@ -128,7 +128,7 @@ def combine(
 
 def attention_launches(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, k_scale: Tensor | None,
-    v_scale: Tensor | None, out: Tensor, processors: int,
+    v_scale: Tensor | None, out: Tensor, on: Card,
 ) -> list[Launch]:  # fmt: skip
     """The kernels that fill out [B, H, T, D]; tensors may be on the meta device."""
     (batch, heads, t, d), kv_heads, slots = q.shape, k.shape[1], k.shape[2]
@@ -137,7 +137,9 @@ def attention_launches(
     r = 16 if rows <= 16 else 32 if rows <= 32 else 64
     block_s = 32 if q.dtype == torch.float32 else 64
     tiles, pairs = -(-rows // r), batch * kv_heads
-    wanted = max(1, min(processors * PROGRAMS // (pairs * tiles), -(-slots // block_s), MAX_SPLITS))
+    wanted = max(
+        1, min(on.processors * PROGRAMS // (pairs * tiles), -(-slots // block_s), MAX_SPLITS)
+    )
     splits = triton.next_power_of_2(wanted + 1) // 2  # the power of two below
     sums, maxima, totals = out, None, None
     if splits > 1:
@@ -175,9 +177,10 @@ def triton_attention(
         raise ValueError("the caches and their scales must be contiguous")
     if q.stride(-1) != 1:
         q = q.contiguous()
+    start = start.contiguous()
     out = torch.empty_like(q)
     if out.numel():
-        args = (q, k, v, start, k_scale, v_scale, out, multiprocessors(q.device))
+        args = (q, k, v, start, k_scale, v_scale, out, card(q.device))
         for launch in attention_launches(*args):
             launch.run()
     return out

@@ -64,8 +64,17 @@ class Launch:
         return triton.compile(self.source(), target=target, options=self.options)
 
 
-def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side, at one each. The interpreter pretends to have 4."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 4
+@dataclass(frozen=True)
+class Card:
+    """What the sizes of blocks depend on: multiprocessors, and bytes of shared memory a program."""
+
+    processors: int
+    shared: int
+
+
+def card(device: torch.device) -> Card:
+    """Of that device. For the interpreter few multiprocessors, so that small shapes are split."""
+    if device.type != "cuda":
+        return Card(4, 227 * 1024)
+    properties = torch.cuda.get_device_properties(device)
+    return Card(properties.multi_processor_count, properties.shared_memory_per_block_optin)

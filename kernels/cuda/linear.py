@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.activations import int8_matmul
 from kernels.choice import interpreting
 from kernels.cuda import products
-from kernels.cuda.launch import Launch, multiprocessors
+from kernels.cuda.launch import Card, Launch, card
 from kernels.cuda.layout import CHUNK, DEQUANTIZE_ROWS, LANES, SLOTS
 
 LATE_ROWS = 16  # up to this block of rows the scales of groups meet the sums
@@ -79,7 +79,7 @@ class Product:
         }  # fmt: skip
 
     def ways(self, block_m: int) -> dict:
-        """LATE and PAIRS, see products.matmul."""
+        """LATE and PAIRS, see products.matmul. Groups that fill no slots take neither way."""
         g, tile = self.group, 128 if self.kind == "sparse" else LANES
         whole_slots = g == 0 or (g % tile == 0 and (CHUNK % g == 0 or g % CHUNK == 0))
         if self.dtype == torch.int8:
@@ -93,26 +93,38 @@ class Product:
         return {"LATE": late, "PAIRS": pairs}
 
 
-def blocks(product: Product, item: int) -> tuple[dict, dict]:
-    """Constants and options of the product's kernel, for storage of `item` bytes an element."""
-    laned = product.laned
-    sizes = (8, 16, 32, 64) if laned else (8, 16, 32, 64, 128)  # a lane's x fills 8 tiles
+def large_tiles(product: Product, plane_bytes: int, shared: int) -> bool:
+    """Whether tiles of 256 x 128 fit: two stages of them, as only sm_90 and later have room for."""
+    if product.rows <= 64 or product.kind in ("plain", "table") or shared < 200 * 1024:
+        return False
+    columns = CHUNK if product.laned else 64
+    return 2 * (256 * plane_bytes + 128 * columns * product.dtype.itemsize) <= shared
+
+
+def blocks(product: Product, planes: list[Tensor | None], shared: int) -> tuple[dict, dict]:
+    """Constants and options of the product's kernel for a card's shared memory, in bytes."""
+    laned, item = product.laned, max(p.element_size() for p in planes if p is not None)
+    constants = {"SLOTS": SLOTS if laned else 1, "J": LANES if laned else 64}
+    row = sum(p.element_size() for p in planes if p is not None) * constants["J"]  # of a chunk
+    large = large_tiles(product, row, shared)
+    sizes = (8, 16, 32, 64) if laned and not large else (8, 16, 32, 64, 128)
     block_m = next((b for b in sizes if b >= product.rows), sizes[-1])
-    constants = {"SLOTS": SLOTS if laned else 1, "J": LANES if laned else 64, "BLOCK_M": block_m}
     if product.kind == "table":  # look-ups want registers, and would be staged like weights
         block_n, warps, stages = 64, 4, 1
     elif block_m > 16:
-        block_n = 64 if block_m == 32 else 128
+        block_n = 64 if block_m == 32 else 256 if large else 128
         warps, stages = (4, 3) if block_m == 32 else (8, 2)
     elif laned:
         block_n, warps, stages = (64, 2, 4) if block_m == 8 else (32, 2, 3)
     else:
         block_n, warps, stages = {1: (32, 2, 5), 2: (16, 1, 8), 4: (16, 1, 5)}[item]
         constants["J"] = 128
+    if product.dtype == torch.float32 and block_m > 16:  # x takes twice the room
+        stages -= 1
     constants |= {
-        "BLOCK_N": block_n, "STAGES": stages, "INTEGER": product.dtype == torch.int8,
-        "INTERPRET": interpreting(), **product.ways(block_m),
-        "EVEN": product.k % (constants["SLOTS"] * constants["J"]) == 0,
+        "BLOCK_N": block_n, "BLOCK_M": block_m, "STAGES": stages,
+        "INTEGER": product.dtype == torch.int8, "INTERPRET": interpreting(),
+        "EVEN": product.k % (constants["SLOTS"] * constants["J"]) == 0, **product.ways(block_m),
     }  # fmt: skip
     return constants, {"num_warps": warps, "num_stages": stages}
 
@@ -127,20 +139,20 @@ def splits(programs: int, chunks: int, processors: int) -> tuple[int, int]:
 def matmul_launch(
     product: Product, x: Tensor, planes: list[Tensor | None], scales: Tensor | None,
     row_scales: Tensor | None, table: Tensor | None, arrived: Tensor | None,
-    x_scale: Tensor | None, bias: Tensor | None, out: Tensor, processors: int,
+    x_scale: Tensor | None, bias: Tensor | None, out: Tensor, on: Card,
     between: Between | None = None,
 ) -> Launch:  # fmt: skip
     """The kernel that computes out [M, N] from x [M, K]; tensors may be on the meta device."""
     between = between or Between()
     rows, n = product.rows, product.n
     stored = next(p for p in planes if p is not None)
-    constants, options = blocks(product, stored.element_size())
+    constants, options = blocks(product, planes, on.shared)
     block_n, block_m, width = constants["BLOCK_N"], constants["BLOCK_M"], stored.shape[1]
     tiles = -(-n // block_n) if not between.gated else -(-n // 2 // (block_n // 2))
     row_tiles, chunks = -(-rows // block_m), -(-width // constants["J"])
     programs, count, each, sums = tiles * row_tiles, 1, chunks, None
     if arrived is not None and programs <= arrived.numel():
-        count, each = splits(programs, chunks, processors)
+        count, each = splits(programs, chunks, on.processors)
     if count > 1:
         dtype = torch.int32 if constants["INTEGER"] else torch.float32
         sums = torch.empty(programs * count * block_n * block_m, dtype=dtype, device=x.device)
@@ -213,7 +225,7 @@ def triton_linear(
     product = Product(rows, n, x.shape[1], x.dtype, kind, bits, exponent, zero, group, inner)
     if rows < DEQUANTIZE_ROWS or kind == "plain":
         rest = (scales, row_scales, table, arrived, x_scale, bias, out)
-        matmul_launch(product, x, planes, *rest, multiprocessors(x.device)).run()
+        matmul_launch(product, x, planes, *rest, card(x.device)).run()
         return out
     return _by_library(product, x, planes, scales, row_scales, table, x_scale, bias, k, out)
 

@@ -13,7 +13,7 @@ that another kernel could have made on its way.
 
 An RMSNorm is two factors: the weight meets x on its way to the tensor cores, 1 / rms the result.
 The arithmetic is that of the modules, rounded less often. Where a format quantizes its inputs, or
-wants them in another order (2:4), a kernel more in front of each product does that and the norm:
+wants them in another order (2:4), or is not bf16, a kernel more in front does that and the norm:
 
     ready      RMSNorm, input scale, dynamic quantization
 """
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from kernels.activations import FLOAT8_TOKEN, int8_asymmetric, int8_symmetric
 from kernels.cuda.attention import attention_launches
-from kernels.cuda.launch import Launch, multiprocessors
+from kernels.cuda.launch import Launch, card
 from kernels.cuda.layout import CHUNK
 from kernels.cuda.linear import Between, Product, converts_float8, matmul_launch
 from kernels.cuda.products import mean_root
@@ -85,11 +85,11 @@ def place(
         a, b = a.to(tl.float32), b.to(tl.float32)
         largest = tl.max(tl.maximum(tl.abs(a), tl.abs(b)), axis=0)
         scales = k_scale if is_key else v_scale
-        scale = tl.maximum(largest / 127, 1e-5).to(k_scale.dtype.element_ty)
+        scale = tl.maximum(tl.div_rn(largest, 127.0), 1e-5).to(k_scale.dtype.element_ty)
         tl.store(scales + line, scale)
         scale = scale.to(tl.float32)
-        a = tl.minimum(tl.maximum(round_even(a / scale), -127), 127).to(tl.int8)
-        b = tl.minimum(tl.maximum(round_even(b / scale), -127), 127).to(tl.int8)
+        a = tl.minimum(tl.maximum(round_even(tl.div_rn(a, scale)), -127), 127).to(tl.int8)
+        b = tl.minimum(tl.maximum(round_even(tl.div_rn(b, scale)), -127), 127).to(tl.int8)
     tl.store(out, a, mask=ok)
     tl.store(out + D // 2, b, mask=ok)
 
@@ -127,17 +127,17 @@ def ready(
         factor = tl.load(input_scale + i, mask=ok, other=0).to(tl.float32)
         v = (v * factor).to(DTYPE).to(tl.float32)
     if WAY == "symmetric":
-        scale = tl.maximum(tl.max(tl.abs(v), axis=0) / 127, 1e-5)
+        scale = tl.maximum(tl.div_rn(tl.max(tl.abs(v), axis=0), 127.0), 1e-5)
         v = round_even(tl.div_rn(v, scale)).to(tl.float32)
     elif WAY == "asymmetric":
         low, high = tl.minimum(tl.min(v, axis=0), 0), tl.maximum(tl.max(v, axis=0), 0)
-        scale = tl.maximum((high - low) / 255, 1.1920928955078125e-07)
+        scale = tl.maximum(tl.div_rn(high - low, 255.0), 1.1920928955078125e-07)
         zero = -128 - round_even(tl.div_rn(low, scale)).to(tl.float32)
         zero = tl.minimum(tl.maximum(zero, -128), 127)
         v = round_even(tl.div_rn(v, scale)).to(tl.float32) + zero
         v = tl.minimum(tl.maximum(v, -128), 127) - zero
     elif WAY == "float8":
-        scale = tl.maximum(tl.max(tl.abs(v), axis=0) / 448, 1e-12)
+        scale = tl.maximum(tl.div_rn(tl.max(tl.abs(v), axis=0), 448.0), 1e-12)
         v = e4m3(tl.minimum(tl.maximum(tl.div_rn(v, scale), -448), 448))
     if WAY != "none":
         tl.store(x_scale + m, scale)
@@ -201,7 +201,7 @@ def way_of(layer: nn.Module) -> str | None:
     return {int8_symmetric: "symmetric", int8_asymmetric: "asymmetric"}.get(quantize)
 
 
-class Weight:
+class FusedLinear:
     """A linear layer, and the weight of the RMSNorm in front of it, as the kernels take them."""
 
     def __init__(self, layer: nn.Module, norm: Tensor | None = None, eps: float = 0.0):
@@ -224,9 +224,10 @@ class Weight:
             rest = (packed.scales, packed.row_scales, packed.table, packed.arrived)
             self.tensors = (planes, *rest)
         self.sparse = self.form["kind"] == "sparse"
-        # Whether `ready` runs. Before its division by the rms, fp16 would not hold a large x.
-        large = norm is not None and norm.dtype == torch.float16
-        self.early = self.sparse or self.way != "none" or large
+        # Whether `ready` runs. Not yet over its rms, a large x passes what fp16 holds; in fp32 the
+        # factor would cost more registers than there are.
+        apart = norm is not None and norm.dtype != torch.bfloat16
+        self.early = self.sparse or self.way != "none" or apart
         if not self.early and self.input_scale is not None:  # one factor more in the norm's place
             scale = self.input_scale.float()
             self.norm = scale if norm is None else norm.float() * scale
@@ -243,9 +244,8 @@ class Weight:
             x, x_scale = self.ready(x, squares)
             between.norm = between.squares = None
         product = Product(rows, self.n, x.shape[1], x.dtype, **self.form)
-        processors = multiprocessors(x.device)
         launch = matmul_launch(
-            product, x, *self.tensors, x_scale, self.bias, out, processors, between
+            product, x, *self.tensors, x_scale, self.bias, out, card(x.device), between
         )
         launch.run()
         return out, between.out_squares
@@ -294,11 +294,13 @@ class Step:
             attention, feed_forward = block.attention, block.feed_forward
             norms = block.attention_norm, block.ffn_norm
             self.blocks.append((
-                Weight(attention.wqkv, norms[0].weight, norms[0].eps), Weight(attention.wo),
-                Weight(feed_forward.w13, norms[1].weight, norms[1].eps), Weight(feed_forward.w2),
+                FusedLinear(attention.wqkv, norms[0].weight, norms[0].eps),
+                FusedLinear(attention.wo),
+                FusedLinear(feed_forward.w13, norms[1].weight, norms[1].eps),
+                FusedLinear(feed_forward.w2),
                 attention.kv_cache,
             ))  # fmt: skip
-        self.head = Weight(model.output, model.norm.weight, model.norm.eps)
+        self.head = FusedLinear(model.output, model.norm.weight, model.norm.eps)
 
     def attention(self, qkv: Tensor, cache: nn.Module, start: Tensor, t: int) -> Tensor:
         """qkv [M, (H + 2 H_kv) D] -> [M, H D], the keys and values added to the cache."""
@@ -309,7 +311,7 @@ class Step:
         place_launch(qkv, self.cos, self.sin, start, q, cache.k, cache.v, *scales).run()
         launches = attention_launches(
             q.transpose(1, 2), cache.k, cache.v, start, *scales, out.transpose(1, 2),
-            multiprocessors(q.device),
+            card(q.device),
         )  # fmt: skip
         for launch in launches:
             launch.run()
@@ -318,6 +320,7 @@ class Step:
     def run(self, tokens: Tensor, start: Tensor, last: Tensor | None) -> Tensor:
         """As `Transformer.forward`, for B T <= MOST_ROWS tokens."""
         (b, t), c = tokens.shape, self.config.dim
+        start = start.contiguous()
         x = torch.empty((b * t, c), dtype=self.embedding.dtype, device=tokens.device)
         squares = torch.empty((b * t, 1), device=tokens.device)
         embed_launch(tokens.contiguous(), self.embedding, x, squares).run()

@@ -39,7 +39,8 @@ class TritonWeight(nn.Module):
         if zeros is not None:
             pair = torch.stack([scales.to(torch.bfloat16), zeros.to(torch.bfloat16)], -1)
             scales = pair.view(torch.int32).squeeze(-1)
-        # Every tile of every product counts its finished splits; see products.py.
+        # Every tile of every product counts its finished splits; see products.py. There are at most
+        # N / 16 tiles, or 8 rows of tiles of N / 128.
         device = next(p for p in planes if p is not None).device
         arrived = torch.zeros(-(-n // 16) + 8, dtype=torch.int32, device=device)
         tensors = dict(zip(("fours", "twos", "ones"), planes, strict=True))
