@@ -1,0 +1,188 @@
+"""Ours beside transformers with a static cache, and torchao's formats on it: the same shape and
+work, random weights, one process, in turns.
+
+python scripts/compare_transformers.py --random_weights llama-3-8b --device cuda --json out.json
+
+The peer's step is compiled too, takes the largest logit, and never waits for the device. Where a
+mode is quantized the peer needs torchao; without it that mode is left out, and said so. A figure
+is new tokens over the time from the first to the last, the median of the turns.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from backends import choose_kernels
+from engine import COMPILE_MODES, Engine, Sampling, configure_compiler
+from errors import UserError, check_device, check_outputs, cli, progress, write_json
+from kernels.choice import KERNELS
+from measure import device_name, read_bandwidth
+from model import CONFIGS, ModelConfig
+from modes import parse_mode
+from random_weights import random_model
+
+
+def torchao_config(mode: str):
+    """torchao's name for a mode; None where transformers runs it alone."""
+    if mode == "bf16":
+        return None
+    try:
+        import torchao.quantization as ao
+    except ImportError:
+        raise UserError(f"{mode}: the peer needs torchao, which is not installed") from None
+    name, _, group = mode.partition(":")
+    configs = {
+        "int8": ao.Int8WeightOnlyConfig, "int8dq": ao.Int8DynamicActivationInt8WeightConfig,
+        "int4": ao.Int4WeightOnlyConfig, "float8": ao.Float8WeightOnlyConfig,
+    }  # fmt: skip
+    if name not in configs:
+        raise UserError(f"{mode}: the peer has {', '.join(['bf16', *configs])}")
+    return configs[name](group_size=int(group or 64)) if name == "int4" else configs[name]()
+
+
+class Peer:
+    """A Llama of transformers, its static cache and its compiled step."""
+
+    def __init__(self, config: ModelConfig, mode: str, args: argparse.Namespace):
+        from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+        ao = torchao_config(mode)
+        shape = LlamaConfig(
+            hidden_size=config.dim, num_hidden_layers=config.n_layers, head_dim=config.head_dim,
+            num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads,
+            intermediate_size=config.ffn_dim, vocab_size=config.vocab_size,
+            max_position_embeddings=config.max_positions, rms_norm_eps=config.norm_eps,
+            tie_word_embeddings=config.tied_head, dtype=torch.bfloat16,
+        )  # fmt: skip
+        with torch.device(args.device):
+            self.model = LlamaForCausalLM(shape).to(torch.bfloat16).eval()
+        if ao is not None:
+            from torchao.quantization import quantize_
+
+            try:
+                quantize_(self.model, ao)
+            except Exception as error:  # whatever a kernel package that is missing raises
+                raise UserError(f"{mode}: torchao: {error}") from None
+        self.cache = StaticCache(config=shape, max_cache_len=args.prompt + args.max_new_tokens)
+        self.args = args
+        self.step = torch.compile(self.forward, mode=args.compile_mode, fullgraph=True)
+
+    def forward(self, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """tokens [1, T] at `position` [T] -> the likeliest next one, [1, 1]."""
+        out = self.model(
+            tokens, position_ids=position[None], past_key_values=self.cache, use_cache=True
+        )
+        return out.logits[:, -1].argmax(-1, keepdim=True)
+
+    def tokens_per_s(self) -> float:
+        prompt = torch.ones(1, self.args.prompt, dtype=torch.int64, device=self.args.device)
+        position = torch.arange(self.args.prompt, device=self.args.device)
+        with torch.inference_mode():
+            self.cache.reset()
+            token, position = self.forward(prompt, position), position[-1:] + 1
+            token.item()
+            begin = time.perf_counter()
+            for _ in range(self.args.max_new_tokens - 1):
+                torch.compiler.cudagraph_mark_step_begin()
+                token, position = self.step(token, position).clone(), position + 1
+            token.item()
+        return (self.args.max_new_tokens - 1) / (time.perf_counter() - begin)
+
+
+class Ours:
+    """The engine on random weights of the same shape."""
+
+    def __init__(self, config: ModelConfig, mode: str, args: argparse.Namespace):
+        name, _, group = mode.partition(":")
+        own = None if mode == "bf16" else parse_mode(name, int(group) if group else None)
+        model = random_model(config, own, args.device, torch.bfloat16)
+        length = args.prompt + args.max_new_tokens
+        self.prompt, self.new_tokens = [1] * args.prompt, args.max_new_tokens
+        self.engine = Engine(
+            model, Sampling(temperature=0), length=length, compile_mode=args.compile_mode
+        )
+
+    def tokens_per_s(self) -> float:
+        self.engine.cached = []  # the prompt is run again, as the peer's is
+        step_s = self.engine.generate([self.prompt], self.new_tokens).step_s
+        return len(step_s) / sum(step_s)
+
+
+def compare(mode: str, args: argparse.Namespace) -> dict:
+    """Both sides of one mode, in turns after a run each that compiles."""
+    config = CONFIGS[args.random_weights]
+    torchao_config(mode)  # refuses before anything large is made
+    progress(f"{mode}: compiling")
+    sides = [Ours(config, mode, args), Peer(config, mode, args)]
+    for side in sides:
+        side.tokens_per_s()
+    turns = []
+    for turn in range(args.turns):
+        progress(f"{mode}: turn {turn + 1} of {args.turns}")
+        turns.append([side.tokens_per_s() for side in sides])
+    progress("")
+    mine, other = (statistics.median(column) for column in zip(*turns, strict=True))
+    return {"mode": mode, "tokens_per_s": mine, "peer_tokens_per_s": other,
+            "ratio": mine / other, "turns": turns}  # fmt: skip
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Ours beside transformers and torchao, in turns.")
+    add = parser.add_argument
+    add("--random_weights", choices=CONFIGS, required=True, metavar="NAME",
+        help=f"the shape: {', '.join(CONFIGS)}")  # fmt: skip
+    add("--modes", default="bf16,int8,int4:64", help="comma-separated, of bf16, int8, int8dq, "
+        "int4:GROUPSIZE and float8")  # fmt: skip
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--kernels", choices=KERNELS, default="auto", help="of ours, see generate.py")
+    add("--compile_mode", choices=COMPILE_MODES, default="reduce-overhead", help="of both")
+    add("--prompt", type=int, default=128, help="tokens")
+    add("--max_new_tokens", type=int, default=256)
+    add("--turns", type=int, default=5)
+    add("--json", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Compare mode by mode; what is known is written after each."""
+    args = parse_args()
+    if min(args.prompt, args.turns, args.max_new_tokens - 1) < 1:
+        raise UserError("--prompt and --turns must be at least 1, --max_new_tokens at least 2")
+    check_device(args.device)
+    check_outputs(replaced=args.json)
+    choose_kernels(args.kernels, args.device)
+    configure_compiler()
+    results, notes = [], []
+    for mode in args.modes.split(","):
+        try:
+            results.append(compare(mode, args))
+        except UserError as error:
+            notes.append(str(error))
+            print(f"left out, {error}", file=sys.stderr)
+            continue
+        r = results[-1]
+        print(f"{mode}: {r['tokens_per_s']:.1f} tokens/s, the peer {r['peer_tokens_per_s']:.1f}: "
+              f"x {r['ratio']:.2f}")  # fmt: skip
+        if args.json:
+            import transformers
+
+            write_json(args.json, {
+                "device": device_name(args.device), "torch": torch.__version__,
+                "transformers": transformers.__version__, "shape": args.random_weights,
+                "prompt": args.prompt, "max_new_tokens": args.max_new_tokens,
+                "compile_mode": args.compile_mode, "kernels": args.kernels,
+                "read_bandwidth_bytes_per_s": read_bandwidth(args.device),
+                "results": results, "left_out": notes,
+            })  # fmt: skip
+    if not results:
+        raise UserError("no mode could be compared")
+
+
+if __name__ == "__main__":
+    cli(main)
