@@ -81,6 +81,7 @@ class Peer:
         return out.logits[:, -1].argmax(-1, keepdim=True)
 
     def tokens_per_s(self) -> float:
+        """Of one run, the prompt's time left out."""
         prompt = torch.ones(1, self.args.prompt, dtype=torch.int64, device=self.args.device)
         position = torch.arange(self.args.prompt, device=self.args.device)
         with torch.inference_mode():
@@ -109,6 +110,7 @@ class Ours:
         )
 
     def tokens_per_s(self) -> float:
+        """Of one run, the prompt's time left out."""
         self.engine.cached = []  # the prompt is run again, as the peer's is
         step_s = self.engine.generate([self.prompt], self.new_tokens).step_s
         return len(step_s) / sum(step_s)
@@ -133,6 +135,7 @@ def compare(mode: str, args: argparse.Namespace) -> dict:
 
 
 def parse_args() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Ours beside transformers and torchao, in turns.")
     add = parser.add_argument
     add("--random_weights", choices=CONFIGS, required=True, metavar="NAME",

@@ -173,6 +173,21 @@ def store_tile(y, out, residual, out_squares, m, m_ok, N):
 
 
 @triton.jit
+def add_group(
+    acc, part, total, s, zero, MID: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr,
+    CENTRE: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """acc plus a group's: `part` sums codes, which are CENTRE too large, `total` sums x."""
+    if GROUP == 0:
+        return acc + (part - total * CENTRE)
+    elif SUMS:
+        acc += part * s
+        return acc + total * (group_offset(s, zero, MID, ZERO) - CENTRE * s)
+    else:
+        return acc + part * s
+
+
+@triton.jit
 def join_splits(
     scratch, m_ok, acc, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr
 ):
@@ -268,13 +283,7 @@ def matmul(
                 if SUMS:
                     total = dot(units, xk, total, False, INTERPRET)
                 if group_ends(slot, SLOTS, KIND, GROUP, J):
-                    if GROUP == 0:
-                        acc += part - total * CENTRE
-                    elif SUMS:
-                        acc += part * s
-                        acc += total * (group_offset(s, zero, MID, ZERO) - CENTRE * s)
-                    else:
-                        acc += part * s
+                    acc = add_group(acc, part, total, s, zero, MID, ZERO, GROUP, CENTRE, SUMS)
                     part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
                     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             else:
