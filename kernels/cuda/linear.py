@@ -60,16 +60,18 @@ class Product:
 
     @property
     def laned(self) -> bool:
-        return self.kind == "sparse" or (self.kind != "plain" and self.bits < 8)
-
-    @property
-    def mid(self) -> int:
-        return 2 ** (self.bits - 1) if self.integers else 0
+        """Whether the weight lies in lanes of 8 codes, see layout.py."""
+        return self.kind != "plain" and self.bits < 8
 
     @property
     def integers(self) -> bool:
         """Whether codes of less than 8 bits are evenly spaced."""
-        return self.kind == "sparse" or (self.kind == "integer" and self.bits < 8)
+        return self.laned and self.kind in ("integer", "sparse")
+
+    @property
+    def mid(self) -> int:
+        """The code of 0 where no zero is stored."""
+        return 2 ** (self.bits - 1) if self.integers else 0
 
     def constants(self) -> dict:
         """What the template's device functions take."""
@@ -120,7 +122,7 @@ def blocks(product: Product, planes: list[Tensor | None], shared: int) -> tuple[
         block_n, warps, stages = {1: (32, 2, 5), 2: (16, 1, 8), 4: (16, 1, 5)}[item]
         constants["J"] = 128
     if product.dtype == torch.float32 and block_m > 16:  # x takes twice the room
-        stages -= 1
+        stages = max(1, stages - 1)
     constants |= {
         "BLOCK_N": block_n, "BLOCK_M": block_m, "STAGES": stages,
         "INTEGER": product.dtype == torch.int8, "INTERPRET": interpreting(),

@@ -35,6 +35,8 @@ from kernels.cuda.products import mean_root
 from kernels.cuda.tiles import round_even, wait_for_others
 from kernels.linear import Linear, QuantizedLinear
 
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
 
 @triton.jit
 def embed(tokens, table, out, squares, C, BLOCK_C: tl.constexpr, PDL: tl.constexpr):
@@ -186,9 +188,6 @@ def ready_launch(
         "PARTS_BLOCK": triton.next_power_of_2(parts), "DTYPE": TYPES[x.dtype],
     }  # fmt: skip
     return Launch(ready, (x.shape[0],), arguments, constants, {"num_warps": 8})
-
-
-TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 def way_of(layer: nn.Module) -> str | None:

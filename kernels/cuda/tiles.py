@@ -166,9 +166,7 @@ def pair_asm(KIND, BITS, EXPONENT, slot, dtype, MID=0, ZERO=None):
 
 
 @triton.jit
-def plane_halves(
-    fours, twos, ones, slot: tl.constexpr, BITS: tl.constexpr,
-):  # fmt: skip
+def plane_halves(fours, twos, ones, slot: tl.constexpr, BITS: tl.constexpr):
     """The planes as 16-bit tiles, the half of `fours` that holds the slot."""
     if BITS == 8 or (BITS & 4 != 0 and slot < 4):
         a = fours.to(tl.int16)
