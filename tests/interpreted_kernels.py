@@ -218,11 +218,15 @@ def test_whole_step(name, cache):
         assert y.shape == want.shape and (y - want).norm() < 1e-5 * want.norm()
 
 
-def test_whole_step_bf16():
+@pytest.mark.parametrize(("name", "cache"), [("float", "bf16"), ("int4", "int8")])
+def test_whole_step_bf16(name, cache):
     """Against the same weights in fp32. The interpreter cuts off where the modules round."""
     model, exact = random_model(BF16), random_model(BF16).float()
-    truth = steps(exact, "bf16", False)
-    fused, modules = steps(model, "bf16", True), steps(model, "bf16", False)
+    if name != "float":
+        replace_linears(model, name)
+        replace_linears(exact, name)
+    truth = steps(exact, cache, False)
+    fused, modules = steps(model, cache, True), steps(model, cache, False)
     for y, other, want in zip(fused, modules, truth, strict=True):
         assert (y - want).norm() < 2 * (other - want).norm() + 1e-3 * want.norm()
 

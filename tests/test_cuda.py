@@ -1,6 +1,7 @@
 """The Triton kernels without a GPU: interpreted, and compiled ahead of time to machine code."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -140,34 +141,13 @@ def floats(register: int, dtype: torch.dtype) -> torch.Tensor:
     return halves.to(torch.uint16).view(dtype).double()
 
 
-def run_ptx(asm: str, registers: dict[str, int], dtype: torch.dtype) -> int:
-    """What the asm of tiles.py leaves in $0: the six instructions that it uses."""
-    registers = dict(registers)
+def run_asm(asm: str, registers: dict[str, int]) -> int:
+    """What the asm of tiles.py leaves in $0."""
+    from tests.test_ptx import results
 
-    def read(operand: str) -> int:
-        return registers[operand] if operand in registers else int(operand, 0)
-
-    for line in asm.strip("{} ").split(";")[1:-1]:
-        name, out, *operands = line.replace(",", " ").split()
-        a, *rest = map(read, operands)
-        name = name.split(".")[0]
-        if name == "mov":
-            value = a
-        elif name in ("shl", "shr"):
-            value = a << rest[0] if name == "shl" else a >> rest[0]
-        elif name == "prmt":
-            source = (a | rest[0] << 32).to_bytes(8, "little")
-            value = sum(source[rest[1] >> 4 * i & 7] << 8 * i for i in range(4))
-        elif name == "lop3":
-            assert rest[2] == 0xEA
-            value = a & rest[0] | rest[1]
-        else:
-            assert name == "fma"
-            y = floats(a, dtype) * floats(rest[0], dtype) + floats(rest[1], dtype)
-            value = y.to(dtype).view(torch.uint16).int()
-            value = value[0].item() | value[1].item() << 16
-        registers[out] = value & 0xFFFFFFFF
-    return registers["$0"]
+    moves = "".join(f"mov.b32 {name}, {value};" for name, value in registers.items())
+    body = re.sub(r"\$(\d)", r"%r1\1", moves + asm) + "st.global.b32 [%rd1], %r10;"
+    return results(body, torch.zeros(32, dtype=torch.int32))[0].item() & 0xFFFFFFFF
 
 
 def pair_registers(codes: torch.Tensor, bits: int, slot: int) -> dict[str, int]:
@@ -205,7 +185,7 @@ def test_asm_of_pairs(dtype):
             pair = codes[[slot, slot + 8]].long()
             want = pair.double() + base if kind == "integer" else values[pair].double()
             asm = pair_asm.fn(kind, bits, exponent, slot, name)
-            y = floats(run_ptx(asm, registers, dtype), dtype)
+            y = floats(run_asm(asm, registers), dtype)
             assert torch.equal(y, want), (kind, bits, slot)
 
 
@@ -230,7 +210,7 @@ def test_asm_of_quads():
                 half = torch.tensor(scale).half()
                 registers |= {"$3": register(half), "$4": register(half)}
                 want = (quad * half.double()).round()
-            y = run_ptx(quad_asm.fn(slot, scale is not None), registers, torch.float16)
+            y = run_asm(quad_asm.fn(slot, scale is not None), registers)
             y = torch.tensor(list(y.to_bytes(4, "little")), dtype=torch.uint8).view(torch.int8)
             assert torch.equal(y.double(), want), (slot, scale)
 
@@ -255,7 +235,7 @@ def test_asm_of_scaled_pairs():
                 registers = pair_registers(codes, bits, slot)
                 registers |= {"$4": register(scale), "$5": register(stored)}
                 asm = pair_asm.fn("integer", bits, 0, slot, tl.bfloat16, mid, kind)
-                y = floats(run_ptx(asm, registers, torch.bfloat16), torch.bfloat16)
+                y = floats(run_asm(asm, registers), torch.bfloat16)
                 assert torch.equal(y, want.bfloat16().double()), (kind, bits, slot)
 
 

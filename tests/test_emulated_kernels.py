@@ -1,0 +1,72 @@
+"""The Triton kernels as compiled for GPUs, run by the emulator of scripts/ptx."""
+
+import itertools
+import random
+
+import pytest
+
+from kernels import choice
+from tests import interpreted_kernels as cases
+from tests.interpreted_kernels import BF16, FP16, FP32
+
+pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
+
+
+@pytest.fixture(params=[80, 90], ids=lambda capability: f"sm_{capability}")
+def gpu(request, monkeypatch):
+    """Whatever the kernels are asked to do on the CPU is run as that GPU would."""
+    from scripts.ptx.run import emulate
+
+    before = choice.kernels()
+    choice.load_triton()
+    from kernels.cuda import launch
+
+    # `choice` then sends tensors on the CPU to Triton; the kernels are not told of an interpreter
+    monkeypatch.setattr(choice, "interpreting", lambda: True)
+    seed = itertools.count(random.randrange(2**31))  # the cases draw from torch's own generator
+    run = lambda self: emulate(self, request.param, next(seed))  # noqa: E731
+    monkeypatch.setattr(launch.Launch, "run", run)
+    choice.kernels("triton")
+    yield request.param
+    choice.kernels(before)
+
+
+@pytest.mark.parametrize("name", cases.MAIN)
+def test_products(name, gpu):
+    cases.check(name, 300, 18, 1, BF16)
+    cases.check(name, 100, 70, 5, FP32 if gpu == 80 else FP16)
+    cases.check(name, 300, 40, 20, BF16)
+
+
+@pytest.mark.parametrize("name", ["int4", "int8", "int8dq", "fp6", "w4a8"])
+def test_many_rows(name, gpu):
+    cases.check(name, 300, 40, 100, BF16)
+
+
+def test_float_weights(gpu):
+    cases.test_float_weights()
+
+
+@pytest.mark.parametrize("case", cases.ATTENTION[::2], ids=str)
+def test_attention(case, gpu):
+    cases.test_attention(case, BF16)
+    cases.test_attention_int8_cache(case)
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"), [("float", "int8"), ("int8dq", "bf16"), ("fp6", "int8"), ("w4a8", "bf16")]
+)
+def test_whole_step(name, cache, gpu):
+    if (gpu == 80) == (cache == "int8"):
+        cases.test_whole_step(name, cache)
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_whole_step_bf16(overlapping, gpu, monkeypatch):
+    """Overlapping kernels: what they prefetch is there; they end one after another here."""
+    from kernels.cuda import launch
+
+    if overlapping and gpu < 90:
+        pytest.skip("programmatic dependent launch wants sm_90")
+    monkeypatch.setattr(launch, "dependent_launch", lambda: overlapping)
+    cases.test_whole_step_bf16("int4", "bf16")
