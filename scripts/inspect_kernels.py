@@ -6,6 +6,14 @@ The kernels are those that a weight [4096, 4096] runs on a card of 132 multiproc
 attention the shape of Llama-3-8B over 4096 slots. Registers, spills and shared memory come from
 `cuobjdump`, the loads and the instructions of the loop over the columns from `nvdisasm`, both from
 Triton's own wheel.
+
+The last columns: how busy the loop keeps a multiprocessor's parts while an H200 reads weights at
+4.3e12 bytes/s (18.6 bytes a cycle and multiprocessor). What is over 100% lies in the way. `issue`:
+four warps' instructions a cycle. `integer`: two of integers, logic, comparisons and conversions,
+and two multiplications (CUDA C++ Programming Guide, arithmetic instructions, 9.0). `shared`: a
+wavefront of 128 bytes a cycle, bank conflicts included, counted by the emulator (ptx/). `tensor`:
+1.7 cycles for a product 16 x 8 x 16 of bf16 or 16 x 8 x 32 of int8, which an H100 reaches with
+mma.sync (Luo et al., arXiv:2402.13499).
 """
 
 import argparse
@@ -15,6 +23,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,6 +36,12 @@ from kernels.cuda.launch import Card, Launch
 N = K = 4096
 PROCESSORS = 132  # of an H100 or H200
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a program
+BYTES_A_CYCLE = 4.3e12 / (PROCESSORS * 1.755e9)  # that a multiprocessor reads at the memory's limit
+# opcodes that the integer units run; the others here are floats, loads or uniform
+INTEGER = {
+    "LOP3", "SHF", "PRMT", "IADD3", "VIADD", "LEA", "ISETP", "SEL", "SGXT", "BMSK", "PLOP3",
+    "VIMNMX", "FMNMX", "FSEL", "FSETP", "F2FP", "I2F", "I2FP", "F2F", "F2I", "IABS",
+}  # fmt: skip
 # name: kind, bits, other fields of Product
 FORMATS = {
     "bf16": ("plain", 16, {}),
@@ -192,8 +207,50 @@ def disassemble(cubin: bytes) -> tuple[str, list[str]]:
         return tool("cuobjdump", "-res-usage", file.name), sass.splitlines()
 
 
+def class_of(opcode: str) -> str:
+    """Which part of a multiprocessor an instruction keeps busy, besides the issue of it."""
+    name = opcode.split(".")[0]
+    if name in ("HMMA", "IMMA", "HGMMA", "IGMMA"):
+        return "tensor"
+    if name == "IMAD":
+        return "multiplied"
+    return "integer" if name in INTEGER else "other"
+
+
+def loop_wavefronts(launch: Launch, capability: int) -> int:
+    """Of shared memory in one turn of the loop over the columns: what two turns more cost."""
+    from scripts.ptx.run import emulate
+
+    counts = []
+    for turns in (8, 10):
+        arguments = {
+            k: torch.zeros(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v
+            for k, v in launch.arguments.items()
+        }
+        # every block the same columns again and again: the loads stay inside the tensors
+        longer = {"chunks_per_split": turns, "n_chunks": 10}
+        one = replace(launch, arguments=arguments | longer, grid=(1, 1, 1))
+        counts.append(emulate(one, capability)["wavefronts"])
+    return (counts[1] - counts[0]) // 2
+
+
+def busy(launch: Launch, capability: int, loop: list[str]) -> dict[str, float]:
+    """How much of a multiprocessor's time one turn of a product's loop takes, see above."""
+    c, warps = launch.constants, launch.options["num_warps"]
+    planes = [launch.arguments[name] for name in ("fours", "twos", "ones")]
+    weights = sum(p.element_size() for p in planes if p is not None) * c["BLOCK_N"] * c["J"]
+    kinds = Counter(map(class_of, loop))
+    cycles = {
+        "issue": warps * len(loop) / 4,
+        "integer": warps * max(kinds["integer"], kinds["multiplied"]) / 2,
+        "shared": loop_wavefronts(launch, capability),
+        "tensor": warps * kinds["tensor"] * 1.7,
+    }
+    return {name: value * BYTES_A_CYCLE / weights for name, value in cycles.items()}
+
+
 def inspect(launch: Launch, capability: int) -> dict:
-    """Registers, spills and shared memory (bytes), loads of weights, instructions per weight."""
+    """Registers, spills and shared memory (bytes), loads of weights, the loop."""
     compiled = launch.compile(capability)
     usage, lines = disassemble(compiled.asm["cubin"])
     numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
@@ -210,24 +267,30 @@ def inspect(launch: Launch, capability: int) -> dict:
         "shared_bytes": compiled.metadata.shared,
         "weight_loads": sorted(weights) or sorted(kinds),
         "tensor": tensor,
-        "loop": len(loop),
+        "loop": loop,
         "per_weight": len(loop) / per_thread if per_thread and loop else None,
     }
 
 
-HEADER = (
-    "| what | rows of x | kernel | sm | registers | spilled | shared | loads | tensor cores | "
-    "loop instructions a weight and thread |\n" + "|---" * 10 + "|"
-)
+PARTS = ("issue", "integer", "shared", "tensor")
+COLUMNS = (
+    "what", "rows of x", "kernel", "sm", "registers", "spilled", "shared", "loads", "tensor cores",
+    "loop instructions a weight and thread", *PARTS,
+)  # fmt: skip
 
 
 def table_row(what: str, rows: int, launch: Launch, capability: int) -> str:
+    """One kernel; how busy it keeps what only for products of up to 16 rows on sm_90."""
     r = inspect(launch, capability)
     name, each = launch.kernel.__name__, r["per_weight"]
+    parts = ["-"] * len(PARTS)
+    if name == "matmul" and rows <= 16 and capability == 90:
+        share = busy(launch, capability, r["loop"])
+        parts = [f"{share[part]:.0%}" for part in PARTS]
     cells = (
         what, rows, name, capability, r["registers"], r["spilled_bytes"], r["shared_bytes"],
         " ".join(r["weight_loads"]), " ".join(r["tensor"]) or "-",
-        f"{each:.1f}" if each else "-",
+        f"{each:.1f}" if each else "-", *parts,
     )  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -246,7 +309,7 @@ def main() -> None:
 
         print(f"# The Triton kernels, compiled without a GPU\n\nTriton {triton.__version__}.")
         print(f"\n```\n{__doc__.strip()}\n```\n")
-    print(HEADER)
+    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
     for capability in args.capability:
         for what, rows, launch in cases(capability):
             if args.only in what and compiles(launch, capability):

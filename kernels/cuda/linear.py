@@ -117,9 +117,10 @@ def blocks(product: Product, planes: list[Tensor | None], shared: int) -> tuple[
         block_n = 64 if block_m == 32 else 256 if large else 128
         warps, stages = (4, 3) if block_m == 32 else (8, 2)
     elif laned:
-        block_n, warps, stages = (64, 2, 4) if block_m == 8 else (32, 2, 3)
-    else:
-        block_n, warps, stages = {1: (32, 2, 5), 2: (16, 1, 8), 4: (16, 1, 5)}[item]
+        block_n, warps, stages = 64, 2, 4 if block_m == 8 else 3
+    else:  # each warp 16 rows, or 32 where x would be read too often otherwise
+        block_n, warps = (16, 1) if item == 4 else (64, 2) if (item, block_m) == (1, 16) else (32, 2)
+        stages = 5 if block_m == 8 or item == 4 else 4
         constants["J"] = 128
     if product.dtype == torch.float32 and block_m > 16:  # x takes twice the room
         stages = max(1, stages - 1)

@@ -140,6 +140,27 @@ def dot(a, b, acc, INTEGER: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def units_like(units, ones, INTERPRET: tl.constexpr):
+    """A tile of ones, bf16 or fp16. Where there is a plane of bytes it seems to come from there.
+
+    The compiler lays out the left operand by the narrowest load behind it. With another layout
+    for the ones x would have two, and then it is not loaded ahead.
+    """
+    if INTERPRET or ones is None or ones.dtype != tl.int8:
+        return units
+    elif units.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, 0x3F803F80;", "=r,r", [ones.to(tl.int16)], dtype=tl.bfloat16,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, 0x3C003C00;", "=r,r", [ones.to(tl.int16)], dtype=tl.float16,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+
+
+@triton.jit
 def x_tile(pointers, norm, columns, m_ok, K, EVEN: tl.constexpr, INTERPRET: tl.constexpr):
     """Columns [J] of the rows of x, [J, BLOCK_M], times their entries of `norm` [K]."""
     mask = m_ok[None, :]
@@ -281,7 +302,7 @@ def matmul(
                 )
                 part = dot(w, xk, part, False, INTERPRET)
                 if SUMS:
-                    total = dot(units, xk, total, False, INTERPRET)
+                    total = dot(units_like(units, c, INTERPRET), xk, total, False, INTERPRET)
                 if group_ends(slot, SLOTS, KIND, GROUP, J):
                     acc = add_group(acc, part, total, s, zero, MID, ZERO, GROUP, CENTRE, SUMS)
                     part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
