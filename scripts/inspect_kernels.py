@@ -129,7 +129,7 @@ def step_launches(capability: int) -> Iterator[tuple[str, int, Launch]]:
 
     norm, squares = empty(K), empty(1, 64, dtype=torch.float32)
     x, position = empty(1, N), empty(1, dtype=torch.int64)
-    yield "embedding", 1, embed_launch(position, empty(128256, N), x, squares)
+    yield "embedding", 1, embed_launch(position, empty(128256, N), x, squares, norm, empty(1, N))
     angles = (empty(4096, 64, dtype=torch.float32),) * 2
     for dtype in (torch.bfloat16, torch.int8):
         cache, scale = empty(1, 8, 4096, 128, dtype=dtype), None
@@ -146,8 +146,8 @@ def step_launches(capability: int) -> Iterator[tuple[str, int, Launch]]:
     for name in ("bf16", "int8", "int4 g64"):
         for rows in (1, 16):
             squares = empty(rows, 64, dtype=torch.float32)
-            gated = {"norm": norm, "squares": squares, "eps": 1e-5, "gated": True}
-            added = {"residual": empty(rows, N), "sum_squares": True}
+            gated = {"squares": squares, "eps": 1e-5, "gated": True}
+            added = {"residual": empty(rows, N), "sum_squares": True, "factor": norm}
             yield f"{name}, normed and gated", rows, product_launch(name, rows, capability, **gated)
             yield f"{name}, residual", rows, product_launch(name, rows, capability, **added)
 

@@ -27,20 +27,21 @@ class Between:
     """What a Transformer does between two products, done by one of their kernels. M rows, N, K.
 
     Attributes:
-        norm: [K], times x first.
-        squares: [M, parts] fp32, the squares of x add up to them; the result is over their root.
+        squares: [M, parts] fp32, the squares of a row add up to them; the result is over its rms.
         gated: the weight's rows are N / 2 gates, then N / 2 ups: silu(gate) * up comes out.
         residual: [M, N] of the result's type, added to it.
         sum_squares: also leave the squares of the result, [M, tiles], in `out_squares`.
+        factor: [N] of the result: also leave it times this in `weighted`.
     """
 
-    norm: Tensor | None = None
     squares: Tensor | None = None
     eps: float = 0.0
     gated: bool = False
     residual: Tensor | None = None
     sum_squares: bool = False
     out_squares: Tensor | None = None
+    factor: Tensor | None = None
+    weighted: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,9 @@ def blocks(product: Product, planes: list[Tensor | None], shared: int) -> tuple[
     elif laned:
         block_n, warps, stages = 64, 2, 4 if block_m == 8 else 3
     else:  # each warp 16 rows, or 32 where x would be read too often otherwise
-        block_n, warps = (16, 1) if item == 4 else (64, 2) if (item, block_m) == (1, 16) else (32, 2)
+        block_n, warps = (
+            (16, 1) if item == 4 else (64, 2) if (item, block_m) == (1, 16) else (32, 2)
+        )
         stages = 5 if block_m == 8 or item == 4 else 4
         constants["J"] = 128
     if product.dtype == torch.float32 and block_m > 16:  # x takes twice the room
@@ -161,13 +164,16 @@ def matmul_launch(
         sums = torch.empty(programs * count * block_n * block_m, dtype=dtype, device=x.device)
     if between.sum_squares:
         between.out_squares = torch.empty((rows, tiles), device=x.device)
+    if between.factor is not None:
+        between.weighted = torch.empty_like(out)
     normed = between.squares is not None
     arguments = {
         "x": x, **dict(zip(("fours", "twos", "ones"), planes, strict=True)), "scales": scales,
         "row_scales": row_scales, "table": table, "x_scale": x_scale, "bias": bias, "out": out,
         "sums": sums, "arrived": None if sums is None else arrived,
-        "norm": between.norm, "squares": between.squares, "residual": between.residual,
-        "out_squares": between.out_squares, "eps": between.eps if normed else None,
+        "squares": between.squares, "residual": between.residual,
+        "out_squares": between.out_squares, "factor": between.factor,
+        "weighted": between.weighted, "eps": between.eps if normed else None,
         "M": rows, "N": n, "K": product.k, "width": width, "n_chunks": chunks,
         "chunks_per_split": each, "n_groups": 1 if scales is None else scales.shape[0],
     }  # fmt: skip

@@ -139,56 +139,55 @@ def dot(a, b, acc, INTEGER: tl.constexpr, INTERPRET: tl.constexpr):
         return tl.dot(a, b, acc, input_precision="ieee")
 
 
-@triton.jit
-def units_like(units, ones, INTERPRET: tl.constexpr):
-    """A tile of ones, bf16 or fp16. Where there is a plane of bytes it seems to come from there.
+@triton.constexpr_function
+def ones_asm(dtype):
+    """PTX: two ones, whatever $1 is."""
+    return f"mov.b32 $0, {0x3F803F80 if dtype == tl.bfloat16 else 0x3C003C00};"
 
-    The compiler lays out the left operand by the narrowest load behind it. With another layout
-    for the ones x would have two, and then it is not loaded ahead.
+
+@triton.jit
+def units_like(units, lanes, INTERPRET: tl.constexpr):
+    """The ones in `units`, if `lanes` has a plane of bytes behind it as if they came from there.
+
+    The compiler lays out a left operand by the narrowest load behind it. With another layout for
+    the ones x would have two, and then it is not loaded ahead.
     """
-    if INTERPRET or ones is None or ones.dtype != tl.int8:
+    if INTERPRET or lanes is None or units.dtype == tl.float32:
         return units
-    elif units.dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            "mov.b32 $0, 0x3F803F80;", "=r,r", [ones.to(tl.int16)], dtype=tl.bfloat16,
-            is_pure=True, pack=2,
-        )  # fmt: skip
     else:
+        asm: tl.constexpr = ones_asm(units.dtype)
         return tl.inline_asm_elementwise(
-            "mov.b32 $0, 0x3C003C00;", "=r,r", [ones.to(tl.int16)], dtype=tl.float16,
-            is_pure=True, pack=2,
-        )  # fmt: skip
+            asm, "=r,r", [lanes.to(tl.int16)], dtype=units.dtype, is_pure=True, pack=2
+        )
 
 
 @triton.jit
-def x_tile(pointers, norm, columns, m_ok, K, EVEN: tl.constexpr, INTERPRET: tl.constexpr):
-    """Columns [J] of the rows of x, [J, BLOCK_M], times their entries of `norm` [K]."""
+def x_tile(pointers, columns, m_ok, K, EVEN: tl.constexpr):
+    """Columns [J] of the rows of x, [J, BLOCK_M]."""
     mask = m_ok[None, :]
     if not EVEN:
         mask = mask & (columns < K)[:, None]
-    x = tl.load(pointers, mask=mask, other=0)
-    if norm is None:
-        return x
-    else:
-        weight = tl.load(norm + (columns if EVEN else tl.minimum(columns, K - 1)))[:, None]
-        if INTERPRET:
-            return (x.to(tl.float32) * weight.to(tl.float32)).to(x.dtype)
-        else:
-            return (x * weight).to(x.dtype)
+    return tl.load(pointers, mask=mask, other=0)
 
 
 @triton.jit
-def store_tile(y, out, residual, out_squares, m, m_ok, N):
-    """y [BLOCK_N, BLOCK_M] fp32, plus the residual, to out [M, N]; its squares' sums, by tile."""
+def store_tile(y, out, residual, out_squares, factor, weighted, m, m_ok, N):
+    """y [BLOCK_N, BLOCK_M] fp32, plus the residual, to out [M, N]; its squares' sums, by tile.
+
+    And to `weighted` [M, N] that times `factor` [N].
+    """
     n = tl.program_id(1) * y.shape[0] + tl.arange(0, y.shape[0])
     place = (m.to(tl.int64) * N)[None, :] + n[:, None]
     mask = (n < N)[:, None] & m_ok[None, :]
     if residual is not None:
         y += tl.load(residual + place, mask=mask, other=0).to(tl.float32)
-    y = y.to(out.dtype.element_ty)
-    tl.store(out + place, y, mask=mask)
+    stored = y.to(out.dtype.element_ty)
+    tl.store(out + place, stored, mask=mask)
+    y = tl.where(mask, stored.to(tl.float32), 0.0)
+    if weighted is not None:
+        by = tl.load(factor + tl.minimum(n, N - 1)).to(tl.float32)[:, None]
+        tl.store(weighted + place, (y * by).to(out.dtype.element_ty), mask=mask)
     if out_squares is not None:
-        y = tl.where(mask, y.to(tl.float32), 0.0)
         total = tl.sum(y * y, axis=0)
         tl.store(out_squares + m * tl.num_programs(1) + tl.program_id(1), total, mask=m_ok)
 
@@ -230,7 +229,7 @@ def join_splits(
 @triton.jit
 def matmul(
     x, fours, twos, ones, scales, row_scales, table, x_scale, bias, out, sums, arrived,
-    norm, squares, residual, out_squares, eps,
+    squares, residual, out_squares, factor, weighted, eps,
     M, N, K, width, n_chunks, chunks_per_split, n_groups,
     KIND: tl.constexpr, BITS: tl.constexpr, EXPONENT: tl.constexpr, MID: tl.constexpr,
     ZERO: tl.constexpr, GROUP: tl.constexpr, INNER: tl.constexpr, SLOTS: tl.constexpr,
@@ -248,10 +247,10 @@ def matmul(
     PAIRS: codes come by `code_pairs`, those whose scale is not LATE by `scaled_pairs`, those that
     meet an int8 x by `code_quads`. The sums of x that bases and zeros ask for are a product with
     ones.
-    What a Transformer does in between, where it is given: `norm` [K] times x, rounded to its type;
-    `squares` [M, PARTS], the result over the rms of x; GATED, half the rows are gates and out [M,
-    N / 2] is silu(gate) * up; `residual` [M, N] is added, and the squares of the result are summed
-    up in `out_squares` [M, tiles].
+    What a Transformer does in between, where it is given: `squares` [M, PARTS], the result over the
+    rms of the x that they are of; GATED, half the rows are gates and out [M, N / 2] is silu(gate)
+    * up; `residual` [M, N] is added, and the squares of the result are summed up in `out_squares`
+    [M, tiles]; out times `factor` [N] also goes to `weighted`, rounded.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
@@ -291,7 +290,7 @@ def matmul(
         total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for slot in tl.static_range(SLOTS):
             k = first + slot * J
-            xk = x_tile(x_start + k, norm, k + lanes, m_ok, K, EVEN, INTERPRET)
+            xk = x_tile(x_start + k, k + lanes, m_ok, K, EVEN)
             if GROUP != 0 and not same_group(slot, KIND, GROUP, J):
                 s, zero = group_scale(
                     scales, first, lanes, near, n_groups, N, slot, KIND, ZERO, GROUP, J
@@ -328,9 +327,8 @@ def matmul(
         y *= mean_root(squares, m, m_ok, K, eps, PARTS, PARTS_BLOCK)[None, :]
     y = finish(y, row_scales, x_scale, bias, near, m, m_ok)
     if GATED:
-        store_tile(gate(y, BLOCK_N, BLOCK_M), out, residual, out_squares, m, m_ok, N // 2)
-    else:
-        store_tile(y, out, residual, out_squares, m, m_ok, N)
+        y, N = gate(y, BLOCK_N, BLOCK_M), N // 2
+    store_tile(y, out, residual, out_squares, factor, weighted, m, m_ok, N)
 
 
 @triton.jit

@@ -1,19 +1,20 @@
 """A Transformer on a few new tokens as one operator: seven kernels a layer, no tensor in between
 that another kernel could have made on its way.
 
-    embed      rows of the table, and their sums of squares
-    matmul     wqkv, with the RMSNorm of its input                              } every
+    embed      rows of the table; their RMSNorm begun
+    matmul     wqkv, its input's RMSNorm ended                                  } every
     place      rotary embedding; queries to their place, keys and values into   } layer
                the cache, rounded to int8 where it is int8                      }
     attend, combine                                                             }
-    matmul     wo, plus the residual, and the result's sums of squares          }
-    matmul     w13, with the RMSNorm of its input; silu(gate) * up comes out    }
-    matmul     w2, plus the residual, and the result's sums of squares          }
-    matmul     the head, with the RMSNorm of its input
+    matmul     wo, plus the residual; the result's RMSNorm begun                }
+    matmul     w13, its input's RMSNorm ended; silu(gate) * up comes out        }
+    matmul     w2, plus the residual; the result's RMSNorm begun                }
+    matmul     the head, its input's RMSNorm ended
 
-An RMSNorm is two factors: the weight meets x on its way to the tensor cores, 1 / rms the result.
-The arithmetic is that of the modules, rounded less often. Where a format quantizes its inputs, or
-wants them in another order (2:4), or is not bf16, a kernel more in front does that and the norm:
+An RMSNorm is two factors. The kernel that makes x also leaves x times the norm's weight, and sums
+of squares; the product's result is over the rms of those. The arithmetic is that of the modules,
+rounded less often. Where a format quantizes its inputs, or wants them in another order (2:4), or
+is fp16, a kernel more in front of the product does that and the norm:
 
     ready      RMSNorm, input scale, dynamic quantization
 """
@@ -39,15 +40,22 @@ TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: 
 
 
 @triton.jit
-def embed(tokens, table, out, squares, C, BLOCK_C: tl.constexpr, PDL: tl.constexpr):
-    """out [M, C] = table [tokens [M]]; squares [M] fp32. Grid (M)."""
+def embed(
+    tokens, table, out, squares, factor, weighted, C, BLOCK_C: tl.constexpr, PDL: tl.constexpr
+):
+    """out [M, C] = table [tokens [M]]; squares [M] fp32; weighted = out factor [C]. Grid (M)."""
     wait_for_others(PDL)
     m = tl.program_id(0)
     c = tl.arange(0, BLOCK_C)
+    place = m.to(tl.int64) * C + c
     row = tl.load(tokens + m).to(tl.int64)
     x = tl.load(table + row * C + c, mask=c < C, other=0)
-    tl.store(out + m.to(tl.int64) * C + c, x, mask=c < C)
-    tl.store(squares + m, tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=0))
+    tl.store(out + place, x, mask=c < C)
+    x = x.to(tl.float32)
+    tl.store(squares + m, tl.sum(x * x, axis=0))
+    if weighted is not None:
+        by = tl.load(factor + c, mask=c < C, other=0).to(tl.float32)
+        tl.store(weighted + place, (x * by).to(out.dtype.element_ty), mask=c < C)
 
 
 @triton.jit
@@ -152,10 +160,14 @@ def ready(
         tl.store(out + m * K + i, v, mask=ok)
 
 
-def embed_launch(tokens: Tensor, table: Tensor, out: Tensor, squares: Tensor) -> Launch:
-    """tokens [B, T], table [V, C] -> out [M, C], squares [M, 1]."""
+def embed_launch(
+    tokens: Tensor, table: Tensor, out: Tensor, squares: Tensor, factor: Tensor | None,
+    weighted: Tensor | None,
+) -> Launch:  # fmt: skip
+    """tokens [B, T], table [V, C], factor [C] -> out, weighted [M, C], squares [M, 1]."""
     c = table.shape[1]
-    arguments = {"tokens": tokens, "table": table, "out": out, "squares": squares, "C": c}
+    arguments = {"tokens": tokens, "table": table, "out": out, "squares": squares,
+                 "factor": factor, "weighted": weighted, "C": c}  # fmt: skip
     constants = {"BLOCK_C": triton.next_power_of_2(c)}
     return Launch(embed, (out.shape[0],), arguments, constants, {"num_warps": 8})
 
@@ -201,9 +213,17 @@ def way_of(layer: nn.Module) -> str | None:
 
 
 class FusedLinear:
-    """A linear layer, and the weight of the RMSNorm in front of it, as the kernels take them."""
+    """A linear layer, and the RMSNorm in front of it, as the kernels take them.
 
-    def __init__(self, layer: nn.Module, norm: Tensor | None = None, eps: float = 0.0):
+    Attributes:
+        early: `ready` runs in front of the product, on x itself.
+        factor: [K], which the product wants x times, else; None for x itself.
+    """
+
+    def __init__(
+        self, layer: nn.Module, norm: Tensor | None = None, eps: float = 0.0, weighted: bool = True
+    ):
+        """`weighted`: the kernel in front can leave its result times `factor`."""
         self.bias, self.norm, self.eps = layer.bias, norm, eps
         self.input_scale, self.way = getattr(layer, "input_scale", None), way_of(layer)
         packed = getattr(layer, "packed", None)
@@ -223,31 +243,34 @@ class FusedLinear:
             rest = (packed.scales, packed.row_scales, packed.table, packed.arrived)
             self.tensors = (planes, *rest)
         self.sparse = self.form["kind"] == "sparse"
-        # Whether `ready` runs. Not yet over its rms, a large x passes what fp16 holds; in fp32 the
-        # factor would cost more registers than there are.
-        apart = norm is not None and norm.dtype != torch.bfloat16
-        self.early = self.sparse or self.way != "none" or apart
-        if not self.early and self.input_scale is not None:  # one factor more in the norm's place
-            scale = self.input_scale.float()
-            self.norm = scale if norm is None else norm.float() * scale
+        factors = [f for f in (norm, self.input_scale) if f is not None]
+        # Not yet over its rms, a large x times a norm's weight passes what fp16 holds.
+        large = norm is not None and norm.dtype == torch.float16
+        self.early = self.sparse or self.way != "none" or large or bool(factors and not weighted)
+        self.factor = None
+        if factors and not self.early:
+            self.factor = factors[0] if len(factors) == 1 else factors[0].float() * factors[1]
 
     def __call__(
         self, x: Tensor, squares: Tensor | None = None, gated: bool = False,
-        residual: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """x [M, K] -> [M, N], of a gated one [M, N / 2]; with a residual, its squares' sums too."""
-        between = Between(self.norm, squares, self.eps, gated, residual, residual is not None)
+        residual: Tensor | None = None, factor: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """x [M, K], times the layer's own factor -> y [M, N], of a gated one [M, N / 2].
+
+        Also y times the next layer's `factor`, or y; and with a residual its squares' sums.
+        """
         rows, n = x.shape[0], self.n // 2 if gated else self.n
         out, x_scale = torch.empty((rows, n), dtype=x.dtype, device=x.device), None
         if self.early:
             x, x_scale = self.ready(x, squares)
-            between.norm = between.squares = None
+            squares = None
+        between = Between(squares, self.eps, gated, residual, residual is not None, factor=factor)
         product = Product(rows, self.n, x.shape[1], x.dtype, **self.form)
         launch = matmul_launch(
             product, x, *self.tensors, x_scale, self.bias, out, card(x.device), between
         )
         launch.run()
-        return out, between.out_squares
+        return out, out if factor is None else between.weighted, between.out_squares
 
     def ready(self, x: Tensor, squares: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x [M, K] as the product takes it, and the scales of its rows."""
@@ -288,18 +311,17 @@ class Step:
     def __init__(self, model: nn.Module):
         self.config, self.embedding = model.config, model.tok_embeddings.weight
         self.cos, self.sin = model.rope_cos, model.rope_sin
-        self.blocks = []
+        self.blocks, self.head = [], FusedLinear(model.output, model.norm.weight, model.norm.eps)
         for block in model.layers:
             attention, feed_forward = block.attention, block.feed_forward
             norms = block.attention_norm, block.ffn_norm
             self.blocks.append((
                 FusedLinear(attention.wqkv, norms[0].weight, norms[0].eps),
-                FusedLinear(attention.wo),
+                FusedLinear(attention.wo, weighted=False),
                 FusedLinear(feed_forward.w13, norms[1].weight, norms[1].eps),
                 FusedLinear(feed_forward.w2),
                 attention.kv_cache,
             ))  # fmt: skip
-        self.head = FusedLinear(model.output, model.norm.weight, model.norm.eps)
 
     def attention(self, qkv: Tensor, cache: nn.Module, start: Tensor, t: int) -> Tensor:
         """qkv [M, (H + 2 H_kv) D] -> [M, H D], the keys and values added to the cache."""
@@ -322,16 +344,20 @@ class Step:
         start = start.contiguous()
         x = torch.empty((b * t, c), dtype=self.embedding.dtype, device=tokens.device)
         squares = torch.empty((b * t, 1), device=tokens.device)
-        embed_launch(tokens.contiguous(), self.embedding, x, squares).run()
-        for wqkv, wo, w13, w2, cache in self.blocks:
-            qkv, _ = wqkv(x, squares)
-            x, squares = wo(self.attention(qkv, cache, start, t), residual=x)
-            hidden, _ = w13(x, squares, gated=True)
-            x, squares = w2(hidden, residual=x)
+        # each product is told what the next one wants its x times
+        factors = [*(wqkv.factor for wqkv, *_ in self.blocks), self.head.factor]
+        y = x if factors[0] is None else torch.empty_like(x)
+        weighted = None if factors[0] is None else y
+        embed_launch(tokens.contiguous(), self.embedding, x, squares, factors[0], weighted).run()
+        for (wqkv, wo, w13, w2, cache), factor in zip(self.blocks, factors[1:], strict=True):
+            qkv, _, _ = wqkv(y, squares)
+            x, y, squares = wo(self.attention(qkv, cache, start, t), None, False, x, w13.factor)
+            _, hidden, _ = w13(y, squares, gated=True, factor=w2.factor)
+            x, y, squares = w2(hidden, residual=x, factor=factor)
         if last is not None:
             rows = torch.arange(b, device=last.device) * t + last
-            x, squares, t = x[rows], squares[rows], 1
-        return self.head(x, squares)[0].view(b, t, -1)
+            y, squares, t = y[rows], squares[rows], 1
+        return self.head(y, squares)[0].view(b, t, -1)
 
 
 _steps: weakref.WeakValueDictionary[int, Step] = weakref.WeakValueDictionary()
