@@ -12,7 +12,7 @@ import torch
 from backends import choose_kernels
 from errors import UserError
 from kernels import choice
-from kernels.cuda.layout import lane_planes, sparse_columns
+from kernels.cuda.layout import lane_planes, sparse_columns, sparse_planes
 from kernels.fpx import float_values
 from kernels.packing import pack
 
@@ -237,6 +237,41 @@ def test_asm_of_scaled_pairs():
                 asm = pair_asm.fn("integer", bits, 0, slot, tl.bfloat16, mid, kind)
                 y = floats(run_asm(asm, registers), torch.bfloat16)
                 assert torch.equal(y, want.bfloat16().double()), (kind, bits, slot)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_asm_of_sparse_blocks(dtype):
+    """Four lanes at a time, each of their blocks in each of the six patterns."""
+    pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
+    import triton.language as tl
+
+    from kernels.cuda.sparse import PATTERNS, sparse_asm
+    from tests.test_ptx import kernel, run
+
+    name = tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
+    for first in range(len(PATTERNS)):
+        where = torch.tensor([PATTERNS[(first + i) % 6] for i in range(8)])  # 4 lanes, 2 blocks
+        codes = torch.randint(0, 16, (8, 2), dtype=torch.uint8)
+        dense = torch.full((8, 4), 8, dtype=torch.uint8).scatter(1, where, codes)
+        weight = torch.zeros(1, 64, dtype=torch.uint8)
+        place = torch.zeros(1, 64, dtype=torch.uint8)
+        column = torch.arange(8) // 2 + 32 * (torch.arange(8) % 2)  # blocks j and 32 + j
+        weight[0, column] = codes[:, 0] | codes[:, 1] << 4
+        place[0, column] = (where[:, 0] | where[:, 1] << 2).to(torch.uint8)
+        _, kept, patterns = sparse_planes(weight, pack(place, 4))
+        inputs = [
+            *kept[0, :4].view(torch.int32).tolist(),
+            *patterns[0, :4].view(torch.int32).tolist(),
+        ]
+        for block in range(2):
+            moves = "".join(f"mov.b32 %r{18 + i}, {v};" for i, v in enumerate(inputs))
+            asm = re.sub(r"\$(\d+)", lambda m: f"%r{10 + int(m[1])}", sparse_asm.fn(block, name))
+            stores = "".join(f"st.global.b32 [%rd3+{4 * i}], %r{10 + i};" for i in range(8))
+            out = torch.zeros(8, dtype=torch.int32)
+            run(kernel(moves + asm + stores), (1,), [torch.zeros(32), out], 0)
+            y = out.view(dtype).double().view(4, 4)  # columns, lanes
+            want = dense[block::2].double().t() + (128 if dtype == torch.bfloat16 else 1024)
+            assert torch.equal(y, want)
 
 
 def test_sparse_columns():

@@ -22,7 +22,7 @@ def kernel(body: str, threads: int = 32) -> str:
 )
 .reqntid {threads}
 {{
-    .reg .pred %p<9>; .reg .b16 %rs<9>; .reg .b32 %r<19>; .reg .b64 %rd<9>;
+    .reg .pred %p<9>; .reg .b16 %rs<9>; .reg .b32 %r<29>; .reg .b64 %rd<9>;
     mov.u32 %r0, %tid.x;  // comments go
     ld.param.b64 %rd2, [x];
     ld.param.b64 %rd3, [out];

@@ -11,11 +11,14 @@ of codes are one 128-bit load. A code's bits lie in up to three planes, one per 
     1 bit    the next 1                                an int8
 
 so 6-bit codes take an int32 and an int16. A 2:4 lane holds two blocks of 4 columns, in the storage
-of 3-bit codes: the kept codes in the int16, their highest bit flipped, their positions in the int8.
-Lane j of a chunk has its blocks j and 32 + j, and x is permuted to match (`sparse_columns`).
+of 3-bit codes. In the int16 are the first kept codes of both blocks, then their second ones; in the
+int8 the two numbers of their patterns (sparse.py). Lane j of a chunk has its blocks j and 32 + j,
+and x is permuted to match (`sparse_columns`).
 
 Scales and zeros are [G, N]: neighbouring rows of a tile are neighbours in memory.
 """
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -55,12 +58,17 @@ def sparse_planes(weight: Tensor, positions: Tensor) -> list[Tensor | None]:
     """Canonical 2:4 buffers (sparse24.py) [N, Q], [N, ceil(Q / 2)] -> planes as of 3-bit codes."""
     quads = weight.shape[1]
 
-    def pairs(x: Tensor, shift: int) -> Tensor:  # blocks j and 32 + j of a chunk in one lane
-        x = F.pad(x, (0, -quads % (CHUNK // 4))).unflatten(1, (-1, 2, LANES)).to(torch.int32)
-        return (x[:, :, 0] | x[:, :, 1] << shift).flatten(1)
+    def blocks(x: Tensor) -> Tensor:  # j and 32 + j of a chunk together: [N, chunks, 2, 32]
+        return F.pad(x, (0, -quads % (CHUNK // 4))).unflatten(1, (-1, 2, LANES)).to(torch.int32)
 
-    where = unpack(positions, 4, quads)
-    return [None, pairs(weight ^ 0x88, 8).to(torch.int16), pairs(where, 4).to(torch.int8)]
+    first, second = blocks(weight & 15), blocks(weight >> 4)
+    codes = first[:, :, 0] | first[:, :, 1] << 4 | second[:, :, 0] << 8 | second[:, :, 1] << 12
+    pattern = torch.zeros(16, dtype=torch.uint8, device=weight.device)
+    for i, (a, b) in enumerate(itertools.combinations(range(4), 2)):
+        pattern[a | b << 2] = i
+    pattern = blocks(pattern[unpack(positions, 4, quads).long()])
+    pattern = pattern[:, :, 0] | pattern[:, :, 1] << 4
+    return [None, codes.flatten(1).to(torch.int16), pattern.flatten(1).to(torch.int8)]
 
 
 def sparse_columns(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ same input gives the same bits. What the tiles hold is said in tiles.py.
 import triton
 import triton.language as tl
 
+from kernels.cuda.sparse import sparse_block, sparse_codes
 from kernels.cuda.tiles import (
     code_pairs,
     code_quads,
@@ -25,7 +26,6 @@ from kernels.cuda.tiles import (
     round_even,
     same_group,
     scaled_pairs,
-    sparse_codes,
     value_of,
     wait_for_others,
 )
@@ -275,15 +275,14 @@ def matmul(
     SUMS: tl.constexpr = LATE and (BASE != 0 or ZERO != "none")
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32 if INTEGER else tl.float32)
     units = tl.full([BLOCK_N, J], 1.0, tl.float32).to(x.dtype.element_ty)
+    SPREAD: tl.constexpr = KIND == "sparse" and PAIRS and not INTERPRET
     for chunk in tl.range(begin, tl.minimum(begin + chunks_per_split, n_chunks), num_stages=STAGES):
         mask = None if EVEN or SLOTS > 1 else (chunk * J + lanes < width)[None, :]
-        if KIND == "sparse":
-            a = sparse_codes(tl.load(twos + start + chunk * J), tl.load(ones + start + chunk * J))
-            b, c = a, a
-        else:
-            a = load_lanes(fours, start + chunk * J, mask)
-            b = load_lanes(twos, start + chunk * J, mask)
-            c = load_lanes(ones, start + chunk * J, mask)
+        a = load_lanes(fours, start + chunk * J, mask)
+        b = load_lanes(twos, start + chunk * J, mask)
+        c = load_lanes(ones, start + chunk * J, mask)
+        if KIND == "sparse" and not SPREAD:
+            a = sparse_codes(b, c)
         first = chunk * (SLOTS * J)
         s, zero = 0.0, 0.0
         part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -295,10 +294,22 @@ def matmul(
                 s, zero = group_scale(
                     scales, first, lanes, near, n_groups, N, slot, KIND, ZERO, GROUP, J
                 )
-            if LATE:
+            if SPREAD and slot % 4 == 0:
+                w0, w1, w2, w3 = sparse_block(b, c, slot // 4, xk.dtype)
+            if SPREAD:
+                w, w0, w1, w2 = w0, w1, w2, w3
+                if not LATE and GROUP != 0:
+                    w = (w - CENTRE) * s.to(xk.dtype)
+            elif LATE:
                 w = code_tile(
                     a, b, c, table, slot, KIND, BITS, EXPONENT, MID, PAIRS, xk.dtype, INTERPRET
                 )
+            else:
+                w = weight_tile(
+                    a, b, c, table, s, zero, slot, KIND, BITS, EXPONENT, MID, ZERO, GROUP, INNER,
+                    PAIRS, xk.dtype, INTERPRET,
+                )  # fmt: skip
+            if LATE:
                 part = dot(w, xk, part, False, INTERPRET)
                 if SUMS:
                     total = dot(units_like(units, c, INTERPRET), xk, total, False, INTERPRET)
@@ -307,10 +318,6 @@ def matmul(
                     part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
                     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             else:
-                w = weight_tile(
-                    a, b, c, table, s, zero, slot, KIND, BITS, EXPONENT, MID, ZERO, GROUP, INNER,
-                    PAIRS, xk.dtype, INTERPRET,
-                )  # fmt: skip
                 acc = dot(w, xk, acc, INTEGER, INTERPRET)
     if SPLITS > 1:
         tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
@@ -347,13 +354,11 @@ def dequantize(
     column = chunk * J + lanes
     offsets = near.to(tl.int64)[:, None] * width + column[None, :]
     mask = (column < width)[None, :]
+    a = load_lanes(fours, offsets, mask)
+    b = load_lanes(twos, offsets, mask)
+    c = load_lanes(ones, offsets, mask)
     if KIND == "sparse":
-        a = sparse_codes(tl.load(twos + offsets), tl.load(ones + offsets))
-        b, c = a, a
-    else:
-        a = load_lanes(fours, offsets, mask)
-        b = load_lanes(twos, offsets, mask)
-        c = load_lanes(ones, offsets, mask)
+        a = sparse_codes(b, c)
     first = chunk * (SLOTS * J)
     s, zero = 0.0, 0.0
     for slot in tl.static_range(SLOTS):

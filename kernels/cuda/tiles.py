@@ -11,7 +11,7 @@ KIND says what a code is:
     "float"     a small float: sign, EXPONENT bits, the rest mantissa; no infinity, no NaN
     "integer"   an unsigned number of BITS bits, taken minus MID
     "table"     an index into `table`, fp32
-    "sparse"    2:4 (sparse24.py), 4-bit integers minus MID once `sparse_codes` has spread them
+    "sparse"    2:4, 4-bit integers minus MID once they are spread (sparse.py)
 
 A code's value c becomes the weight w = c s + o, with a scale s and an offset o per row and group:
     ZERO "none"   o = 0
@@ -266,18 +266,6 @@ def code_quads(fours, s, slot: tl.constexpr, GROUP: tl.constexpr, INTERPRET: tl.
             return tl.inline_asm_elementwise(
                 asm, "=r,r,r,r,r", [a, s.to(tl.float16)], dtype=tl.int8, is_pure=True, pack=4
             )
-
-
-@triton.jit
-def sparse_codes(codes, positions):
-    """The 8 codes of a 2:4 lane, 4 bits each like those of other lanes, pruned ones 8. int32.
-
-    `codes` come with their highest bit flipped: what is not there is 0.
-    """
-    code, where = codes.to(tl.int32), positions.to(tl.int32)
-    low = ((code & 15) << ((where << 2) & 12)) ^ (((code >> 4) & 15) << (where & 12))
-    high = ((code >> 8) & 15) << (((where >> 2) & 12) | 16)
-    return low ^ high ^ (((code >> 12) & 15) << (((where >> 4) & 12) | 16)) ^ -2004318072
 
 
 @triton.jit
