@@ -78,8 +78,8 @@ def planes(kind: str, bits: int) -> list[torch.Tensor | None]:
 def weight_tensors(kind: str, bits: int, rest: dict):
     """planes, scales, row scales, table of a weight [N, K]."""
     group = rest.get("group", 0)
-    packed = torch.int32 if rest.get("zero") else torch.bfloat16
-    scales = empty(K // group, N, dtype=packed) if group else None
+    lines = K // group // (1 if rest.get("zero") else 2) if group else 0
+    scales = empty(lines, N, dtype=torch.int32) if group else None
     row_scales = None if kind == "plain" or (group and not rest.get("inner")) else empty(N)
     table = empty(16, dtype=torch.float32) if kind == "table" else None
     return planes(kind, bits), scales, row_scales, table

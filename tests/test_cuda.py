@@ -64,6 +64,8 @@ def test_machine_code(name, rows, capability):
     assert found["spilled_bytes"] <= (64 if launch.constants.get("BLOCK_N") == 256 else 0)
     if launch.kernel.__name__ in ("matmul", "attend"):
         assert any(op.endswith("128") for op in found["weight_loads"])  # bits a load
+    if launch.kernel.__name__ == "matmul" and rows <= 16 and launch.constants["KIND"] != "table":
+        assert not any(op.startswith("LDG.") for op in found["loop"])  # everything is loaded ahead
     assert bool(found["tensor"]) == (launch.kernel.__name__ in ("matmul", "attend"))
 
 
@@ -237,6 +239,21 @@ def test_asm_of_scaled_pairs():
                 asm = pair_asm.fn("integer", bits, 0, slot, tl.bfloat16, mid, kind)
                 y = floats(run_asm(asm, registers), torch.bfloat16)
                 assert torch.equal(y, want.bfloat16().double()), (kind, bits, slot)
+
+
+def test_splits():
+    """All chunks once; more programs where multiprocessors would wait, else not."""
+    pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
+    from kernels.cuda.linear import MAX_SPLITS, splits
+
+    for programs in (1, 7, 64, 448, 2004):
+        for chunks in (1, 2, 16, 56, 1000):
+            count, each = splits(programs, chunks, 2, 0.1, 132)
+            assert 1 <= count <= MAX_SPLITS and (count - 1) * each < chunks <= count * each
+    assert splits(64, 16, 2, 0.1, 132)[0] > 1  # half of them would have nothing to do
+    assert splits(448, 16, 2, 0.1, 132)[0] > 1  # 3.4 each: some would have 4
+    assert splits(2004, 16, 2, 0.1, 132)[0] == 1
+    assert splits(64, 16, 2, 100, 132)[0] == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

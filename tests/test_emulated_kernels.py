@@ -53,9 +53,7 @@ def test_attention(case, gpu):
     cases.test_attention_int8_cache(case)
 
 
-@pytest.mark.parametrize(
-    ("name", "cache"), [("float", "int8"), ("int8dq", "bf16"), ("fp6", "int8"), ("w4a8", "bf16")]
-)
+@pytest.mark.parametrize(("name", "cache"), [("int8dq", "bf16"), ("fp6", "int8"), ("w4a8", "bf16")])
 def test_whole_step(name, cache, gpu):
     if (gpu == 80) == (cache == "int8"):
         cases.test_whole_step(name, cache)

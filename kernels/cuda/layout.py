@@ -15,7 +15,10 @@ of 3-bit codes. In the int16 are the first kept codes of both blocks, then their
 int8 the two numbers of their patterns (sparse.py). Lane j of a chunk has its blocks j and 32 + j,
 and x is permuted to match (`sparse_columns`).
 
-Scales and zeros are [G, N]: neighbouring rows of a tile are neighbours in memory.
+Scales are [G, N]: neighbouring rows of a tile are neighbours in memory. They are read in words of
+32 bits, since fewer cannot be loaded ahead: the scale of a group, low, and its zero, both bf16; or
+without zeros the scales of two groups, [ceil(G / 2), N], the earlier one low, in bf16, or in fp16
+where they take the codes to int8 numbers.
 """
 
 import itertools

@@ -19,7 +19,7 @@ from kernels.cuda.layout import CHUNK, DEQUANTIZE_ROWS, LANES, SLOTS
 
 LATE_ROWS = 16  # up to this block of rows the scales of groups meet the sums
 MAX_SPLITS = 16
-PROGRAMS = 3  # wanted on each multiprocessor
+START = 0.5  # turns of the loop that the begin and the end of a program are worth
 
 
 @dataclass
@@ -135,9 +135,21 @@ def blocks(product: Product, planes: list[Tensor | None], shared: int) -> tuple[
     return constants, {"num_warps": warps, "num_stages": stages}
 
 
-def splits(programs: int, chunks: int, processors: int) -> tuple[int, int]:
-    """Into how many parts the columns are split, and chunks a part."""
-    count = max(1, min(processors * PROGRAMS // programs, MAX_SPLITS, chunks))
+def splits(programs: int, chunks: int, warps: int, join: float, processors: int) -> tuple[int, int]:
+    """Into how many parts the columns are split, and chunks a part.
+
+    The multiprocessor with the most programs ends last. A program takes a turn a chunk, START to
+    begin with, and `join` where its sums are added to others'. With few warps the turns are slow.
+    """
+
+    def time(count: int) -> float:
+        each = -(-chunks // count)
+        total = programs * -(-chunks // each)
+        beside = total * warps / processors / 2  # pairs of warps on a multiprocessor
+        turns = each + START + (join if count > 1 else 0)
+        return -(-total // processors) * turns * (1 + beside**-2)
+
+    count = min(range(1, min(MAX_SPLITS, chunks) + 1), key=time)
     each = -(-chunks // count)
     return -(-chunks // each), each
 
@@ -158,7 +170,11 @@ def matmul_launch(
     row_tiles, chunks = -(-rows // block_m), -(-width // constants["J"])
     programs, count, each, sums = tiles * row_tiles, 1, chunks, None
     if arrived is not None and programs <= arrived.numel():
-        count, each = splits(programs, chunks, on.processors)
+        chunk = (
+            sum(p.element_size() for p in planes if p is not None) * constants["J"]
+        )  # bytes a row
+        join = 2 * 4 * min(rows, block_m) / chunk  # written and read again
+        count, each = splits(programs, chunks, options["num_warps"], join, on.processors)
     if count > 1:
         dtype = torch.int32 if constants["INTEGER"] else torch.float32
         sums = torch.empty(programs * count * block_n * block_m, dtype=dtype, device=x.device)
@@ -175,7 +191,7 @@ def matmul_launch(
         "out_squares": between.out_squares, "factor": between.factor,
         "weighted": between.weighted, "eps": between.eps if normed else None,
         "M": rows, "N": n, "K": product.k, "width": width, "n_chunks": chunks,
-        "chunks_per_split": each, "n_groups": 1 if scales is None else scales.shape[0],
+        "chunks_per_split": each, "n_lines": 1 if scales is None else scales.shape[0],
     }  # fmt: skip
     parts = between.squares.shape[1] if normed else 1
     constants = product.constants() | constants | {
@@ -195,7 +211,7 @@ def dequantize_launch(
     arguments = {
         **dict(zip(("fours", "twos", "ones"), planes, strict=True)), "scales": scales,
         "row_scales": row_scales, "table": table, "out": out, "N": product.n, "K": out.shape[1],
-        "width": stored.shape[1], "n_groups": 1 if scales is None else scales.shape[0],
+        "width": stored.shape[1], "n_lines": 1 if scales is None else scales.shape[0],
     }  # fmt: skip
     block_n = 32
     constants = {"SLOTS": SLOTS if product.laned else 1, "J": j, "BLOCK_N": block_n}

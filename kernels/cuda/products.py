@@ -230,7 +230,7 @@ def join_splits(
 def matmul(
     x, fours, twos, ones, scales, row_scales, table, x_scale, bias, out, sums, arrived,
     squares, residual, out_squares, factor, weighted, eps,
-    M, N, K, width, n_chunks, chunks_per_split, n_groups,
+    M, N, K, width, n_chunks, chunks_per_split, n_lines,
     KIND: tl.constexpr, BITS: tl.constexpr, EXPONENT: tl.constexpr, MID: tl.constexpr,
     ZERO: tl.constexpr, GROUP: tl.constexpr, INNER: tl.constexpr, SLOTS: tl.constexpr,
     J: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
@@ -292,7 +292,7 @@ def matmul(
             xk = x_tile(x_start + k, k + lanes, m_ok, K, EVEN)
             if GROUP != 0 and not same_group(slot, KIND, GROUP, J):
                 s, zero = group_scale(
-                    scales, first, lanes, near, n_groups, N, slot, KIND, ZERO, GROUP, J
+                    scales, first, lanes, near, n_lines, N, slot, KIND, ZERO, GROUP, INNER, J
                 )
             if SPREAD and slot % 4 == 0:
                 w0, w1, w2, w3 = sparse_block(b, c, slot // 4, xk.dtype)
@@ -341,7 +341,7 @@ def matmul(
 @triton.jit
 def dequantize(
     fours, twos, ones, scales, row_scales, table, out,
-    N, K, width, n_groups,
+    N, K, width, n_lines,
     KIND: tl.constexpr, BITS: tl.constexpr, EXPONENT: tl.constexpr, MID: tl.constexpr,
     ZERO: tl.constexpr, GROUP: tl.constexpr, INNER: tl.constexpr, SLOTS: tl.constexpr,
     J: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -364,7 +364,7 @@ def dequantize(
     for slot in tl.static_range(SLOTS):
         if GROUP != 0 and not same_group(slot, KIND, GROUP, J):
             s, zero = group_scale(
-                scales, first, lanes, near, n_groups, N, slot, KIND, ZERO, GROUP, J
+                scales, first, lanes, near, n_lines, N, slot, KIND, ZERO, GROUP, INNER, J
             )
         w = scaled_value(
             a, b, c, table, s, zero, slot, KIND, BITS, EXPONENT, MID, ZERO, GROUP, INNER

@@ -329,22 +329,42 @@ def group_ends(slot, SLOTS, KIND, GROUP, J):
     return slot == SLOTS - 1 or not same_group(slot + 1, KIND, GROUP, J)
 
 
+@triton.constexpr_function
+def odd_group(slot, KIND, GROUP, J):
+    """0 or 1 where it is known whether the number of a slot's group is odd, else None."""
+    if GROUP == 0 or 128 % GROUP or GROUP % (128 if KIND == "sparse" else J):
+        return None
+    return (slot // 4 if KIND == "sparse" else slot * J // GROUP) % 2
+
+
 @triton.jit
 def group_scale(
-    scales, first, lanes, near, n_groups, N, slot: tl.constexpr, KIND: tl.constexpr,
-    ZERO: tl.constexpr, GROUP: tl.constexpr, J: tl.constexpr,
+    scales, first, lanes, near, n_lines, N, slot: tl.constexpr, KIND: tl.constexpr,
+    ZERO: tl.constexpr, GROUP: tl.constexpr, INNER: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """s and the zero of a tile: [BLOCK_N, 1], or [BLOCK_N, J] where groups do not fit the tile.
 
-    `scales` [G, N]; with zeros, words of two bf16: the scale low, the zero high. Columns behind the
-    last group take its scale: no code there meets an x that is not 0.
+    `scales` [n_lines, N], see layout.py. Columns behind the last group take its scale: no code
+    there meets an x that is not 0.
     """
-    group = tl.minimum(group_columns(first, slot, lanes, KIND, GROUP, J), n_groups - 1)
+    PAIRS: tl.constexpr = ZERO == "none" and scales.dtype.element_ty == tl.int32
+    group = group_columns(first, slot, lanes, KIND, GROUP, J)
+    line = tl.minimum(group // 2 if PAIRS else group, n_lines - 1)
     if group.type.is_block():
-        word = tl.load(scales + ((group * N)[None, :] + near[:, None]))
+        word = tl.load(scales + ((line * N)[None, :] + near[:, None]))
+        odd = (group % 2)[None, :]
     else:
-        word = tl.load(scales + (group * N + near))[:, None]
-    if ZERO == "none":
+        word = tl.load(scales + (line * N + near))[:, None]
+        odd = group % 2
+    ODD: tl.constexpr = odd_group(slot, KIND, GROUP, J)
+    if PAIRS:
+        half = word >> (16 * (odd if ODD is None else ODD))
+        if INNER:
+            s = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        else:
+            s = (half << 16).to(tl.float32, bitcast=True)
+        return s, s * 0
+    elif ZERO == "none":
         s = word.to(tl.float32)
         return s, s * 0
     else:

@@ -1,6 +1,7 @@
 """A weight in the layout of the Triton kernels: what `repack` leaves on a GPU."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.cuda.layout import CHUNK, DEQUANTIZE_ROWS, sparse_columns
@@ -15,9 +16,8 @@ class TritonWeight(nn.Module):
         planes: its codes (layout.py); of 8 bits and more: one plane [N, K].
         bits, exponent: of a code, and of its exponent where it is a small float.
         groupsize: columns that share a scale, 0: none do.
-        scales, zeros: [G, N]; zero says what the zeros are: "none", "int", "float". With zeros,
-            both are exact in bf16 and lie in one int32, the scale low.
-        inner: the group scales take the codes to int8 numbers.
+        scales, zeros: [G, N], exact in bf16; zero says what the zeros are: "none", "int", "float".
+        inner: the group scales, exact in fp16, take the codes to int8 numbers.
         row_scales: [N], times the whole row.
         table: fp32, the value of each code.
     """
@@ -36,9 +36,12 @@ class TritonWeight(nn.Module):
             if zero == "none" and not inner:
                 scales, row_scales, groupsize = None, scales[0], 0
         self.groupsize = 0 if scales is None else groupsize
-        if zeros is not None:
-            pair = torch.stack([scales.to(torch.bfloat16), zeros.to(torch.bfloat16)], -1)
-            scales = pair.view(torch.int32).squeeze(-1)
+        if scales is not None:
+            scales = scales.to(torch.float16 if inner else torch.bfloat16)
+            if zeros is None:
+                scales = F.pad(scales, (0, 0, 0, scales.shape[0] % 2))
+                scales, zeros = scales[::2], scales[1::2]
+            scales = torch.stack([scales, zeros.to(scales.dtype)], -1).view(torch.int32).squeeze(-1)
         # Every tile of every product counts its finished splits; see products.py. There are at most
         # N / 16 tiles, or 8 rows of tiles of N / 128.
         device = next(p for p in planes if p is not None).device
