@@ -92,13 +92,14 @@ class Product:
         if g == 0:  # nothing to apply late but the base of pairs
             late = late and half
         scaled = g > 0 and self.dtype == torch.bfloat16
-        pairs = half and (self.kind == "float" or (self.integers and (late or scaled)))
+        in_pairs = self.integers or self.kind == "table"
+        pairs = half and (self.kind == "float" or (in_pairs and (late or scaled)))
         return {"LATE": late, "PAIRS": pairs}
 
 
 def large_tiles(product: Product, plane_bytes: int, shared: int) -> bool:
     """Whether tiles of 256 x 128 fit: two stages of them, as only sm_90 and later have room for."""
-    if product.rows <= 64 or product.kind in ("plain", "table") or shared < 200 * 1024:
+    if product.rows <= 64 or product.kind == "plain" or shared < 200 * 1024:
         return False
     columns = CHUNK if product.laned else 64
     return 2 * (256 * plane_bytes + 128 * columns * product.dtype.itemsize) <= shared
@@ -112,7 +113,8 @@ def blocks(product: Product, planes: list[Tensor | None], shared: int) -> tuple[
     large = large_tiles(product, row, shared)
     sizes = (8, 16, 32, 64) if laned and not large else (8, 16, 32, 64, 128)
     block_m = next((b for b in sizes if b >= product.rows), sizes[-1])
-    if product.kind == "table":  # look-ups want registers, and would be staged like weights
+    if product.kind == "table" and not product.ways(block_m)["PAIRS"]:
+        # look-ups in memory want registers, and would be staged like weights
         block_n, warps, stages = 64, 4, 1
     elif block_m > 16:
         block_n = 64 if block_m == 32 else 256 if large else 128

@@ -13,6 +13,7 @@ same input gives the same bits. What the tiles hold is said in tiles.py.
 import triton
 import triton.language as tl
 
+from kernels.cuda.lookup import looked_up, table_words
 from kernels.cuda.sparse import sparse_block, sparse_codes
 from kernels.cuda.tiles import (
     code_pairs,
@@ -22,6 +23,7 @@ from kernels.cuda.tiles import (
     group_scale,
     load_lanes,
     pair_base,
+    plane_halves,
     prefetch,
     round_even,
     same_group,
@@ -245,8 +247,8 @@ def matmul(
     EVEN: no chunk ends behind the last column.
     LATE: a group's scale meets its sums, not every weight, so that the operands are exact.
     PAIRS: codes come by `code_pairs`, those whose scale is not LATE by `scaled_pairs`, those that
-    meet an int8 x by `code_quads`. The sums of x that bases and zeros ask for are a product with
-    ones.
+    meet an int8 x by `code_quads`, 2:4 and tables by byte permutations. The sums of x that bases
+    and zeros ask for are a product with ones.
     What a Transformer does in between, where it is given: `squares` [M, PARTS], the result over the
     rms of the x that they are of; GATED, half the rows are gates and out [M, N / 2] is silu(gate)
     * up; `residual` [M, N] is added, and the squares of the result are summed up in `out_squares`
@@ -276,6 +278,10 @@ def matmul(
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32 if INTEGER else tl.float32)
     units = tl.full([BLOCK_N, J], 1.0, tl.float32).to(x.dtype.element_ty)
     SPREAD: tl.constexpr = KIND == "sparse" and PAIRS and not INTERPRET
+    LOOKED_UP: tl.constexpr = KIND == "table" and PAIRS and not INTERPRET
+    CODED: tl.constexpr = PAIRS and KIND != "table"
+    if LOOKED_UP:
+        words = table_words(table, x.dtype.element_ty)
     for chunk in tl.range(begin, tl.minimum(begin + chunks_per_split, n_chunks), num_stages=STAGES):
         mask = None if EVEN or SLOTS > 1 else (chunk * J + lanes < width)[None, :]
         a = load_lanes(fours, start + chunk * J, mask)
@@ -296,18 +302,22 @@ def matmul(
                 )
             if SPREAD and slot % 4 == 0:
                 w0, w1, w2, w3 = sparse_block(b, c, slot // 4, xk.dtype)
-            if SPREAD:
-                w, w0, w1, w2 = w0, w1, w2, w3
+            if SPREAD or LOOKED_UP:
+                if SPREAD:
+                    w, w0, w1, w2 = w0, w1, w2, w3
+                else:
+                    half, _, _ = plane_halves(a, b, c, slot, BITS)
+                    w = looked_up(half, words, slot, xk.dtype)
                 if not LATE and GROUP != 0:
                     w = (w - CENTRE) * s.to(xk.dtype)
             elif LATE:
                 w = code_tile(
-                    a, b, c, table, slot, KIND, BITS, EXPONENT, MID, PAIRS, xk.dtype, INTERPRET
+                    a, b, c, table, slot, KIND, BITS, EXPONENT, MID, CODED, xk.dtype, INTERPRET
                 )
             else:
                 w = weight_tile(
                     a, b, c, table, s, zero, slot, KIND, BITS, EXPONENT, MID, ZERO, GROUP, INNER,
-                    PAIRS, xk.dtype, INTERPRET,
+                    CODED, xk.dtype, INTERPRET,
                 )  # fmt: skip
             if LATE:
                 part = dot(w, xk, part, False, INTERPRET)
