@@ -134,7 +134,8 @@ def blocks(product: Product, planes: list[Tensor | None], shared: int) -> tuple[
         "INTEGER": product.dtype == torch.int8, "INTERPRET": interpreting(),
         "EVEN": product.k % (constants["SLOTS"] * constants["J"]) == 0, **product.ways(block_m),
     }  # fmt: skip
-    return constants, {"num_warps": warps, "num_stages": stages}
+    # asked for no number of registers the assembler at times takes 128 and spills the rest
+    return constants, {"num_warps": warps, "num_stages": stages, "maxnreg": 255}
 
 
 def splits(programs: int, chunks: int, warps: int, join: float, processors: int) -> tuple[int, int]:
