@@ -241,6 +241,37 @@ def test_asm_of_scaled_pairs():
                 assert torch.equal(y, want.bfloat16().double()), (kind, bits, slot)
 
 
+def test_busy(monkeypatch):
+    """Of a tile of 64 rows of 32 lanes of 4 bytes, 8192 bytes, by two warps."""
+    pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
+    from scripts import inspect_kernels
+
+    choice.load_triton()
+    launch = inspect_kernels.product_launch("int4 g64", 1, 90)
+    assert launch.options["num_warps"] == 2 and launch.constants["BLOCK_N"] == 64
+    monkeypatch.setattr(inspect_kernels, "loop_wavefronts", lambda launch, capability: 100)
+    loop = ["HMMA.16816.F32.BF16"] * 10 + ["LOP3.LUT"] * 30 + ["IMAD.WIDE"] * 20 + ["LDSM.16"] * 40
+    shares = inspect_kernels.busy(launch, 90, loop)
+    time = 8192 / inspect_kernels.BYTES_A_CYCLE  # cycles
+    want = {"issue": 2 * 100 / 4, "integer": 2 * 30 / 2, "shared": 100, "tensor": 2 * 10 * 1.7}
+    assert shares == pytest.approx({name: cycles / time for name, cycles in want.items()})
+
+
+def test_simulated_loop():
+    """One warp alone: stalls and a scoreboard; four warps: the integer unit of each scheduler."""
+    pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
+    from scripts.simulate_loop import BRANCH, LATENCY, Line, Multiprocessor
+
+    load = Line("LDS.64", 2, sets=0, sets_when_read=7, waits=0)
+    use = Line("FFMA", 4, sets=7, sets_when_read=7, waits=1)
+    alone = Multiprocessor([load, use], 1, 1).cycles_a_turn()
+    assert abs(alone - (2 + LATENCY["LDS"] + BRANCH)) <= 3
+    logic = Line("LOP3.LUT", 1, sets=7, sets_when_read=7, waits=0)
+    for warps, cycles in ((1, 200 + BRANCH), (4, 200 + BRANCH), (8, 400), (16, 800)):
+        turn = Multiprocessor([logic] * 100, warps, 1).cycles_a_turn()
+        assert turn == pytest.approx(cycles, rel=0.1)
+
+
 def test_splits():
     """All chunks once; more programs where multiprocessors would wait, else not."""
     pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
@@ -262,7 +293,8 @@ def test_asm_of_sparse_blocks(dtype):
     pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
     import triton.language as tl
 
-    from kernels.cuda.sparse import PATTERNS, sparse_asm
+    from kernels.cuda.layout import PATTERNS
+    from kernels.cuda.sparse import sparse_asm
     from tests.test_ptx import kernel, run
 
     name = tl.bfloat16 if dtype == torch.bfloat16 else tl.float16

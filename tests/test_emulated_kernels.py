@@ -4,6 +4,7 @@ import itertools
 import random
 
 import pytest
+import torch
 
 from kernels import choice
 from tests import interpreted_kernels as cases
@@ -23,7 +24,10 @@ def gpu(request, monkeypatch):
 
     # `choice` then sends tensors on the CPU to Triton; the kernels are not told of an interpreter
     monkeypatch.setattr(choice, "interpreting", lambda: True)
-    seed = itertools.count(random.randrange(2**31))  # the cases draw from torch's own generator
+    first = random.randrange(2**31)
+    print("seed", first)  # pytest shows it where a test fails
+    torch.manual_seed(first)
+    seed = itertools.count(first)
     run = lambda self: emulate(self, request.param, next(seed))  # noqa: E731
     monkeypatch.setattr(launch.Launch, "run", run)
     choice.kernels("triton")

@@ -68,6 +68,15 @@ def words() -> torch.Tensor:
          lambda a, i: -(a >> 31)),
         ("mov.b32 {%rs1, %rs2}, %r1; mov.b32 %r2, {%rs2, %rs1}",
          lambda a, i: a >> 16 | a << 16),
+        ("mul.hi.s32 %r2, %r1, %r0", lambda a, i: (a - (a >> 31 << 32)) * i >> 32),
+        ("shfl.sync.idx.b32 %r2, %r0, 7, 31, -1", lambda a, i: 7),
+        ("ld.global.s8 %r2, [%rd0]", lambda a, i: (a & 255) - 2 * (a & 128)),
+        ("mov.b32 %r2, 0; setp.lt.s32 %p1, %r0, 9; @!%p1 mov.b32 %r2, 1", lambda a, i: i >= 9),
+        ("mov.b32 %r3, 0x7FC00000; setp.ne.f32 %p1, %r3, %r3; selp.b32 %r2, 1, 0, %p1",
+         lambda a, i: 0),
+        ("mov.b32 %r3, 0x7FC00000; max.NaN.f32 %r2, %r3, 0f00000000; and.b32 %r2, %r2, 0x7F800000",
+         lambda a, i: 0x7F800000),
+        ("mov.b32 %r3, 0x7FC00000; max.f32 %r2, %r3, 0f3F800000", lambda a, i: 0x3F800000),
         ("cvt.s32.s8 %r2, %r1", lambda a, i: (a & 255) - 2 * (a & 128)),
         ("setp.lt.s32 %p1, %r1, 0; selp.b32 %r2, 7, %r1, %p1", lambda a, i: 7 if a >> 31 else a),
         ("shfl.sync.bfly.b32 %r2, %r0, 5, 31, -1", lambda a, i: i ^ 5),
@@ -157,11 +166,77 @@ def test_a_missing_wait_shows():
         ("setp.lt.s32 %p1, %r0, 3; @%p1 bra $on; bar.sync 0;\n$on:", "only a part of a warp"),
         ("setp.lt.s32 %p1, %r0, 32; @%p1 ret; bar.sync 0;", "barrier"),
         ("popc.b32 %r1, %r0;", "not modelled: popc.b32"),
+        ("add.sat.s32 %r1, %r0, %r0;", "not modelled: add.sat.s32"),
+        ("mul.rz.f32 %r1, %r0, %r0;", "not modelled: mul.rz.f32"),
+        ("bar.red.popc.u32 %r1, 0, %p1;", "not modelled"),
+        ("prmt.b32.f4e %r1, %r0, %r0, %r0;", "not modelled"),
+        ("mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.u8.s32 "
+         "{%r1,%r1,%r1,%r1}, {%r1,%r1,%r1,%r1}, {%r1,%r1}, {%r1,%r1,%r1,%r1};", "not modelled"),
+        ("setp.lt.s32 %p1, %r0, 3; @%p1 cp.async.wait_group 0;", "a part of a warp"),
     ],
 )  # fmt: skip
 def test_what_a_gpu_would_punish(body, message):
     with pytest.raises(EmulationError, match=message):
         results(body, torch.zeros(64, dtype=torch.int32), threads=64)
+
+
+def test_atomics_and_partial_copies():
+    """Each thread adds 3 to the first word; then copies of 2 bytes out of 4."""
+    x = torch.zeros(32, dtype=torch.int32)
+    old = results("atom.global.gpu.acq_rel.add.u32 %r1, [%rd2], 3; st.global.b32 [%rd1], %r1;", x)
+    assert x[0] == 96 and old.sort().values.tolist() == list(range(0, 96, 3))
+    body = """
+        shl.b32 %r2, %r0, 2; mov.b32 %r3, global_smem; add.s32 %r4, %r3, %r2;
+        cp.async.ca.shared.global [ %r4 + 0 ], [ %rd0 + 0 ], 0x4, 0x2;
+        cp.async.commit_group; cp.async.wait_group 0;
+        ld.shared.b32 %r6, [%r4];
+        st.global.b32 [%rd1], %r6;
+    """
+    x = words()
+    assert unsigned(results(body, x)) == [value & 0xFFFF for value in unsigned(x)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "k"),
+    [("m16n8k16", "bf16", 16), ("m16n8k16", "f16", 16), ("m16n8k32", "s8", 32)],
+)
+def test_a_product_of_tiles(shape, kind, k):
+    """Lane 4 g + t: rows g and g + 8 of a and of the sums, column g of b, by the ISA's figures."""
+    if kind == "s8":
+        a, b = (torch.randint(-128, 128, s, dtype=torch.int8) for s in ((16, k), (k, 8)))
+        c, to, end = torch.randint(-99, 99, (16, 8), dtype=torch.int32), "s32", ".satfinite"
+    else:
+        dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[kind]
+        a, b, c = torch.randn(16, k).to(dtype), torch.randn(k, 8).to(dtype), torch.randn(16, 8)
+        to, end = "f32", ""
+    n = 4 // a.element_size()  # in a register
+    lines = []
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        left = [a[g + 8 * h, n * t + j :][:n] for j in (0, k // 2) for h in (0, 1)]
+        right = [b[n * t + j :, g][:n] for j in (0, k // 2)]
+        sums = [c[g + 8 * h, 2 * t + i].view(1) for h in (0, 1) for i in (0, 1)]
+        parts = [p.contiguous().view(torch.int32) for p in (*left, *right, *sums)]
+        lines.append(torch.cat([*parts, torch.zeros(6, dtype=torch.int32)]))  # 16 words
+    body = f"""
+        shl.b32 %r20, %r0, 6; cvt.u64.u32 %rd4, %r20; add.s64 %rd5, %rd2, %rd4;
+        ld.global.v4.b32 {{%r1, %r2, %r3, %r4}}, [%rd5];
+        ld.global.v2.b32 {{%r5, %r6}}, [%rd5+16];
+        ld.global.v2.b32 {{%r7, %r8}}, [%rd5+24]; ld.global.v2.b32 {{%r9, %r10}}, [%rd5+32];
+        mma.sync.aligned.{shape}.row.col{end}.{to}.{kind}.{kind}.{to}
+            {{%r11, %r12, %r13, %r14}}, {{%r1, %r2, %r3, %r4}}, {{%r5, %r6}},
+            {{%r7, %r8, %r9, %r10}};
+        shl.b32 %r20, %r0, 4; cvt.u64.u32 %rd4, %r20; add.s64 %rd5, %rd3, %rd4;
+        st.global.v4.b32 [%rd5], {{%r11, %r12, %r13, %r14}};
+    """
+    out = torch.zeros(32, 4, dtype=torch.int32)
+    run(kernel(body), (1,), [torch.stack(lines), out], 0)
+    want = a.double() @ b.double() + c.double()
+    y = torch.empty(16, 8, dtype=torch.float64)
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        y[g, 2 * t : 2 * t + 2], y[g + 8, 2 * t : 2 * t + 2] = out[lane].view(c.dtype).view(2, 2)
+    assert (y - want).abs().max() <= (0 if kind == "s8" else 1e-5)
 
 
 def test_wavefronts():

@@ -12,7 +12,7 @@ of codes are one 128-bit load. A code's bits lie in up to three planes, one per 
 
 so 6-bit codes take an int32 and an int16. A 2:4 lane holds two blocks of 4 columns, in the storage
 of 3-bit codes. In the int16 are the first kept codes of both blocks, then their second ones; in the
-int8 the two numbers of their patterns (sparse.py). Lane j of a chunk has its blocks j and 32 + j,
+int8 the numbers of their two patterns (PATTERNS). Lane j of a chunk has its blocks j and 32 + j,
 and x is permuted to match (`sparse_columns`).
 
 Scales are [G, N]: neighbouring rows of a tile are neighbours in memory. They are read in words of
@@ -33,6 +33,7 @@ LANES, SLOTS = 32, 8
 CHUNK = LANES * SLOTS  # columns
 PLANES = {4: torch.int32, 2: torch.int16, 1: torch.int8}  # bits of a code in it: a lane's type
 PANEL = 2**22  # codes that are rearranged at a time
+PATTERNS = list(itertools.combinations(range(4), 2))  # columns of a 2:4 block's two kept codes
 DEQUANTIZE_ROWS = 512  # of x: from here on the weight is dequantized and the library multiplies
 
 
@@ -67,7 +68,7 @@ def sparse_planes(weight: Tensor, positions: Tensor) -> list[Tensor | None]:
     first, second = blocks(weight & 15), blocks(weight >> 4)
     codes = first[:, :, 0] | first[:, :, 1] << 4 | second[:, :, 0] << 8 | second[:, :, 1] << 12
     pattern = torch.zeros(16, dtype=torch.uint8, device=weight.device)
-    for i, (a, b) in enumerate(itertools.combinations(range(4), 2)):
+    for i, (a, b) in enumerate(PATTERNS):
         pattern[a | b << 2] = i
     pattern = blocks(pattern[unpack(positions, 4, quads).long()])
     pattern = pattern[:, :, 0] | pattern[:, :, 1] << 4

@@ -30,8 +30,9 @@ class Between:
         squares: [M, parts] fp32, the squares of a row add up to them; the result is over its rms.
         gated: the weight's rows are N / 2 gates, then N / 2 ups: silu(gate) * up comes out.
         residual: [M, N] of the result's type, added to it.
-        sum_squares: also leave the squares of the result, [M, tiles], in `out_squares`.
-        factor: [N] of the result: also leave it times this in `weighted`.
+        sum_squares: also sum up the squares of the result.
+        factor: [N] of the result: also multiply it by this.
+        out_squares, weighted: [M, tiles] fp32 and [M, N], made by `matmul_launch` for the two.
     """
 
     squares: Tensor | None = None
@@ -39,8 +40,8 @@ class Between:
     gated: bool = False
     residual: Tensor | None = None
     sum_squares: bool = False
-    out_squares: Tensor | None = None
     factor: Tensor | None = None
+    out_squares: Tensor | None = None
     weighted: Tensor | None = None
 
 

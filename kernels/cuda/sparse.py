@@ -1,15 +1,13 @@
 """Device functions of 2:4 weights: the kept codes of a lane, spread over its 8 columns.
 
 A lane (layout.py) holds 4 kept codes in 16 bits and which columns they are of in 8: a nibble for
-each block of 4 columns, the number of its pattern in PATTERNS. A pruned code is 8, which is 0.
+each block of 4 columns, the number of its pattern. A pruned code is 8, which is 0.
 """
-
-import itertools
 
 import triton
 import triton.language as tl
 
-PATTERNS = list(itertools.combinations(range(4), 2))  # columns of the two kept codes
+from kernels.cuda.layout import PATTERNS
 
 
 @triton.constexpr_function

@@ -13,8 +13,8 @@ that another kernel could have made on its way.
 
 An RMSNorm is two factors. The kernel that makes x also leaves x times the norm's weight, and sums
 of squares; the product's result is over the rms of those. The arithmetic is that of the modules,
-rounded less often. Where a format quantizes its inputs, or wants them in another order (2:4), or
-is fp16, a kernel more in front of the product does that and the norm:
+rounded less often. A kernel more runs in front of a product, and does the norm too, where a format
+quantizes its inputs or wants them in another order (2:4), where wo has an input scale, and in fp16:
 
     ready      RMSNorm, input scale, dynamic quantization
 """
@@ -217,7 +217,8 @@ class FusedLinear:
 
     Attributes:
         early: `ready` runs in front of the product, on x itself.
-        factor: [K], which the product wants x times, else; None for x itself.
+        factor: [K]: the product takes x times this, made by the kernel in front; None: x itself,
+            or `early`.
     """
 
     def __init__(
@@ -351,7 +352,8 @@ class Step:
         embed_launch(tokens.contiguous(), self.embedding, x, squares, factors[0], weighted).run()
         for (wqkv, wo, w13, w2, cache), factor in zip(self.blocks, factors[1:], strict=True):
             qkv, _, _ = wqkv(y, squares)
-            x, y, squares = wo(self.attention(qkv, cache, start, t), None, False, x, w13.factor)
+            heads = self.attention(qkv, cache, start, t)
+            x, y, squares = wo(heads, residual=x, factor=w13.factor)
             _, hidden, _ = w13(y, squares, gated=True, factor=w2.factor)
             x, y, squares = w2(hidden, residual=x, factor=factor)
         if last is not None:

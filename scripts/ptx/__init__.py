@@ -15,8 +15,11 @@ so do warps between barriers, all drawn from a seed: what depends on luck shows.
     tensor_cores.py  what a warp does together
     run.py           blocks, branches, barriers; `emulate` and `run`
 
-Not modelled: time; blocks that run at once (nor, so, the order in which their writes are seen);
-rounding within the tensor cores (here fp64, rounded once) and in approximate functions.
+Not modelled: time. Blocks that run at once: the order in which others see their writes, a counter
+that is left wrong, a barrier missing in front of an atomic do not show. That wgmma ends late: what
+waits for it does nothing. Rounding within the tensor cores, here fp64 rounded once, and in
+approximate functions. Forms of instructions that Triton did not make of these kernels: they are
+refused.
 
 Semantics: NVIDIA, PTX ISA 8.7, section 9.7; the matrix descriptors of wgmma are in 9.7.15.5.
 """

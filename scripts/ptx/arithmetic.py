@@ -11,7 +11,10 @@ from scripts.ptx.warps import Warps
 
 def divide(a: Array, b: Array) -> Array:
     """Integers towards zero."""
-    return a / b if a.dtype.kind == "f" else np.trunc(a.astype(np.float64) / b).astype(a.dtype)
+    if a.dtype.kind == "f":
+        return a / b
+    y = a // b
+    return y + ((y < 0) & (y * b != a)).astype(a.dtype)
 
 
 def shift(a: Array, by: Array, left: bool) -> Array:
@@ -51,10 +54,26 @@ def permute(a: Array, b: Array, selector: Array) -> Array:
     return np.where(pick & 8, np.where(y >= 128, 255, 0), y).astype(np.uint8).view(np.uint32)[:, 0]
 
 
+def flushed(x: Array) -> Array:
+    """Subnormal fp32 as zeros."""
+    return np.where(np.abs(x) < 2.0**-126, np.copysign(np.float32(0), x), x)
+
+
+def fused(a: Array, b: Array, c: Array) -> Array:
+    """a b + c in fp64, its last bit set where it is inexact: to round it is the only rounding."""
+    p = a * b  # exact for 24 bits each
+    y = p + c
+    t = y - p
+    rest = (p - (y - t)) + (c - t)
+    inexact = np.isfinite(y) & (rest != 0)
+    bits = y.view(np.int64) - (inexact & ((rest > 0) != (y > 0)))
+    return (bits | inexact).view(np.float64)
+
+
 OPERATIONS = {  # on operands of one type
     "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or,
     "xor": np.bitwise_xor, "not": np.invert, "neg": np.negative, "abs": np.abs, "div": divide,
-    "rem": lambda a, b: a - divide(a, b) * b, "fma": lambda a, b, c: a * b + c, "prmt": permute,
+    "rem": lambda a, b: a - divide(a, b) * b, "fma": fused, "prmt": permute,
     "min": np.fmin, "max": np.fmax, "ex2": np.exp2, "lg2": np.log2, "sqrt": np.sqrt,
     "rcp": lambda a: 1 / a, "rsqrt": lambda a: 1 / np.sqrt(a),
 }  # fmt: skip
@@ -77,6 +96,9 @@ def _nothing(program, name, parts, args):
 @builds(*OPERATIONS)
 def _operation(program, name, parts, args):
     kind, function = parts[-1], OPERATIONS[name]
+    known = set(parts[:-1]) <= {"rn", "approx", "full", "ftz", "NaN"}
+    if not known or ("ftz" in parts and kind != "f32"):
+        raise not_modelled(name, parts)
     if "NaN" in parts:
         function = {"min": np.minimum, "max": np.maximum}[name]
     out, inputs = program.numbers[args[0]], program.sources(args[1:], kind)
@@ -85,10 +107,10 @@ def _operation(program, name, parts, args):
         values = [w.read(i, kind) for i in inputs]
         if name == "fma":  # rounded once
             values = [v.astype(np.float64) for v in values]
-        y = function(*values)
         if "ftz" in parts:
-            y = np.where(np.abs(y) < 2.0**-126, np.copysign(np.float32(0), y), y)
-        w.write(out, kind, y)
+            values = [flushed(v) for v in values]
+        y = function(*values)
+        w.write(out, kind, flushed(y) if "ftz" in parts else y)
 
     return run
 
@@ -101,7 +123,8 @@ def _multiply(program, name, parts, args):
     result = wide if half == "wide" else kind
     out, inputs = program.numbers[args[0]], program.sources(args[1:3], kind)
     inputs += program.sources(args[3:], result)
-    if (half == "hi" and bits > 32) or (name == "mad" and kind[0] == "f"):
+    known = set(parts[:-1]) <= {"lo", "hi", "wide", "rn"}
+    if not known or (half == "hi" and bits > 32) or (name == "mad" and kind[0] == "f"):
         raise not_modelled(name, parts)
 
     def run(w: Warps) -> None:
@@ -124,6 +147,8 @@ def _shift(program, name, parts, args):
 @builds("bfe")
 def _bit_field(program, name, parts, args):
     kind, out = parts[0], program.numbers[args[0]]
+    if WIDTH[kind] > 32:
+        raise not_modelled(name, parts)
     inputs = [(program.source(args[1], kind), kind)]
     inputs += [(number, "u32") for number in program.sources(args[2:], "u32")]
     return lambda w: w.write(out, kind, bit_field(*(w.read(*i) for i in inputs)))
@@ -201,17 +226,18 @@ def _convert(program, name, parts, args):
     out, inputs = program.numbers[args[0]], program.sources(args[1:], kind)
     rounding = next((ROUNDINGS[p] for p in parts if p in ROUNDINGS), None)
     cut = to[0] in "su" and kind[0] in "bf" and rounding is None
-    if cut or not set(parts[:-2]) <= {"rn", "ftz", *ROUNDINGS}:
+    wide = rounding is not None and WIDTH[to] == 64  # fp64 does not hold its limits
+    if cut or wide or not set(parts[:-2]) <= {"rn", *ROUNDINGS}:
         raise not_modelled(name, parts)
 
     def run(w: Warps) -> None:
         values = [w.read(i, kind) for i in reversed(inputs)]
         value = values[0] if len(values) == 1 else np.stack(values, 1).reshape(-1)
         if rounding is not None:
-            value = np.nan_to_num(rounding(value.astype(np.float64)))
+            value = rounding(value.astype(np.float64))
             if to[0] in "su":
                 limits = np.iinfo((SIGNED if to[0] == "s" else RAW)[WIDTH[to]])
-                value = np.clip(value, limits.min, limits.max)
+                value = np.clip(np.nan_to_num(value), limits.min, limits.max)
         w.write(out, to, value)
 
     return run

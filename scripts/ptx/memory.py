@@ -12,10 +12,15 @@ WARP, BANKS = 32, 32  # a bank is 4 bytes wide
 
 
 class Memory:
-    """Bytes from an address on; `valid` says which of them may be touched."""
+    """Bytes from an address on.
+
+    Attributes:
+        valid: which of them may be touched.
+        wavefronts: cycles that accesses to shared memory have taken.
+    """
 
     def __init__(self, base: int, size: int):
-        self.base = base
+        self.base, self.wavefronts = base, 0
         self.bytes = np.full(size, 0xFF, np.uint8)
         self.valid = np.ones(size, np.bool_)
 

@@ -61,7 +61,7 @@ def _prefetch(program, name, parts, args):
 @builds("atom")
 def _atomic_add(program, name, parts, args):
     kind, out, value = parts[-1], program.numbers[args[0]], program.source(args[2], parts[-1])
-    if "add" not in parts:
+    if "add" not in parts or kind[0] != "u":
         raise not_modelled(name, parts)
     where = address(program, args[1])
 
@@ -82,11 +82,13 @@ def _copy(program, name, parts, args):
     if parts[1] == "commit_group":
         return _commit
     if parts[1] == "wait_group":
-        return lambda w: w.wait(int(args[0]))
+        return lambda w: (w.whole(), w.wait(int(args[0])))
     if parts[1] != "ca" and parts[1] != "cg":
         raise not_modelled(name, parts)
     to, source, size = address(program, args[0]), address(program, args[1]), int(args[2], 0)
     used = program.source(args[3] if len(args) > 3 else args[2], "u32")
+    if program.widths[used] != 32:  # a predicate or a cache policy
+        raise not_modelled(name, parts)
 
     def run(w: Warps) -> None:
         count = w.active(w.r[used])
@@ -105,5 +107,6 @@ def _copy(program, name, parts, args):
 
 
 def _commit(w: Warps) -> None:
+    w.whole()
     w.groups.append(w.copies)
     w.copies = []

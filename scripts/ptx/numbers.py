@@ -34,7 +34,7 @@ def round_bf16(x: Array) -> Array:
 
 
 def decode(raw: Array, kind: str) -> Array:
-    """Bits -> numbers, of packed types all; halves as fp64, in which their sums are exact."""
+    """Bits -> numbers, of packed types all; halves as fp64."""
     if kind in ("bf16", "bf16x2"):
         return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     if kind in ("f16", "f16x2"):

@@ -91,14 +91,17 @@ def parse(ptx: str) -> Program:
         negated, guard, name, rest = re.fullmatch(
             r"(?:@(!?)(\S+) )?([a-z][\w.:]*) ?(.*)", text
         ).groups()
-        line = Instruction(text, name, program.numbers.get(guard), bool(negated))
+        line = Instruction(text, name, guard and program.numbers[guard], bool(negated))
         first, *parts = name.split(".")
         if first == "bra":
             jumps.append((line, rest))
-        elif first not in ("ret", "bar", "barrier"):
+        elif name != "ret" and not name.startswith(("bar.sync", "barrier.sync", "bar.warp.sync")):
             if first not in BUILDERS:
                 raise EmulationError(f"not modelled: {text}")
-            line.run = BUILDERS[first](program, first, parts, operands(rest))
+            try:
+                line.run = BUILDERS[first](program, first, parts, operands(rest))
+            except (KeyError, ValueError) as error:  # an operand of a kind that is not known
+                raise EmulationError(f"not modelled: {text}") from error
         program.code.append(line)
     for line, label in jumps:
         line.target = labels[label]

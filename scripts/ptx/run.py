@@ -1,7 +1,5 @@
 """Run a kernel: its blocks one after another, their warps between barriers in any order."""
 
-from collections import Counter
-
 import numpy as np
 import torch
 
@@ -15,21 +13,21 @@ from scripts.ptx.warps import Warps
 UNSET = 0xDEADBEEFDEADBEEF  # what a register holds at first
 
 
-def emulate(launch: Launch, capability: int, seed: int = 0, blocks: int | None = None) -> Counter:
+def emulate(launch: Launch, capability: int, seed: int = 0) -> int:
     """Run a kernel on tensors in the CPU's memory, as compiled for that compute capability.
 
-    Args and errors as for `run`.
+    Seed, result and errors as for `run`.
     """
     compiled, signature = launch.compile(capability), launch.source().signature
     given = [launch.arguments[name] for name, kind in signature.items() if kind != "constexpr"]
-    return run(compiled.asm["ptx"], launch.grid, given, compiled.metadata.shared, seed, blocks)
+    return run(compiled.asm["ptx"], launch.grid, given, compiled.metadata.shared, seed)
 
 
 @np.errstate(all="ignore")
 def run(
     ptx: str, grid: tuple[int, ...], given: list[torch.Tensor | int | float], shared: int,
-    seed: int = 0, blocks: int | None = None,
-) -> Counter:  # fmt: skip
+    seed: int = 0,
+) -> int:  # fmt: skip
     """Run the kernel of a PTX text; the tensors hold its results.
 
     Args:
@@ -37,15 +35,14 @@ def run(
         given: the kernel's arguments; those behind the last are 0.
         shared: bytes of dynamic shared memory of a block.
         seed: of all that is left to luck.
-        blocks: run only so many of the blocks.
 
     Returns:
-        How often warps ran each instruction, by name; "wavefronts": cycles of shared memory.
+        Cycles that shared memory takes for what all blocks ask of it.
 
     Raises:
         EmulationError: it did what a GPU would punish, or has instructions that are not modelled.
     """
-    program, random, counts = parse(ptx), np.random.default_rng(seed), Counter()
+    program, random, cycles = parse(ptx), np.random.default_rng(seed), 0
     tensors = Tensors([v for v in given if isinstance(v, torch.Tensor)])
     rest = [0] * (len(program.parameters) - len(given))
     parameters = {
@@ -54,17 +51,18 @@ def run(
     }
     fours = any(line.name.startswith("wgmma") for line in program.code)
     in_step = int(random.choice([4 * WARP if fours else WARP, program.threads]))
-    for block in blocks_of(grid, random)[:blocks]:
+    for block in blocks_of(grid, random):
         memory = Memory(SHARED_BASE, shared)
         parts = []
         for registers in register_files(program, min(in_step, program.threads)):
             for name, value in zip(SPECIAL[1:], (*block, *grid), strict=False):
                 registers[program.numbers[name]][:] = value
             late = bool(random.integers(2))
-            parts.append(Warps(registers, tensors, memory, parameters, late, counts))
+            parts.append(Warps(registers, tensors, memory, parameters, late))
         run_block(program, parts, random)
+        cycles += memory.wavefronts
     tensors.give_back()
-    return counts
+    return cycles
 
 
 def argument_bits(value: torch.Tensor | int | float, kind: str, tensors: Tensors) -> int:
@@ -136,7 +134,6 @@ def advance(w: Warps, program: Program) -> None:
                 arrive(w, at + 1, ~w.mask if mask is None else mask & ~w.mask)
             continue
         if line.run is not None and not none:
-            w.counts[line.name] += -(-w.threads // WARP)
             try:
                 line.run(w)
             except EmulationError as error:

@@ -42,6 +42,8 @@ def _shuffle(program, name, parts, args):
 def _matrix(program, name, parts, args):
     """8 x 8 matrices of 16 bits; lanes 8 i to 8 i + 7 say where the rows of matrix i are."""
     load = name == "ldmatrix"
+    if "m8n8" not in parts or parts[-1] != "b16":
+        raise not_modelled(name, parts)
     registers = [program.numbers[a] for a in args[0 if load else 1]]
     where, many = address(program, args[1 if load else 0]), len(registers)
     row, column = GROUP[:, None], 2 * IN_GROUP[:, None] + np.arange(2)  # of a lane
@@ -122,7 +124,10 @@ def _mma(program, name, parts, args):
     """mma.sync: d = a b + c, a tile for each warp."""
     if parts[3:5] != ["row", "col"]:
         raise not_modelled(name, parts)
-    to, kind, _, of = parts[-4:]
+    to, kind, other, of = parts[-4:]
+    saturates = "satfinite" in parts
+    if kind != other or to != of or (to, saturates) not in (("f32", False), ("s32", True)):
+        raise not_modelled(name, parts)
     d, a, b, c = ([program.source(x, to) for x in group] for group in args)
 
     def run(w: Warps) -> None:
@@ -163,7 +168,7 @@ def _wgmma(program, name, parts, args):
         return None  # fences and waits: it ends at once here
     m, n, k = map(int, re.fullmatch(r"m(\d+)n(\d+)k(\d+)", parts[3]).groups())
     (to, kind), signs, across = parts[4:6], args[4:6], [x == "1" for x in args[6:]]
-    if any(sign != "1" for sign in signs):
+    if any(sign != "1" for sign in signs) or parts[6] != kind or to not in ("f32", "s32"):
         raise not_modelled(name, parts)
     d, in_registers = [program.numbers[x] for x in args[0]], isinstance(args[1], list)
     a = program.sources(args[1] if in_registers else [args[1]], "b32")

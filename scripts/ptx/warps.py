@@ -1,6 +1,5 @@
 """Some warps of a block that run in step: their registers, and which threads are active."""
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +16,6 @@ class Warps:
         r: registers by number, [threads] each.
         parameters: the kernel's, by name, as bits.
         late: asynchronous copies land when they must, not at once.
-        counts: instructions of warps by name, and "wavefronts" of shared memory.
         mask: which threads are active, None for all.
         copies, groups: copies on their way: those since the last group, and the groups.
         fragments: threads by the line that they have come to.
@@ -29,7 +27,6 @@ class Warps:
     shared: Memory
     parameters: dict[str, int]
     late: bool
-    counts: Counter
     mask: Array | None = None
     copies: list[tuple[Array, Array]] = field(default_factory=list)
     groups: list[list] = field(default_factory=list)
@@ -70,7 +67,7 @@ class Warps:
         """Indices [active threads, size] of `size` bytes at each active thread's address."""
         if memory is self.shared:
             every = np.ones(self.threads, np.bool_) if self.mask is None else self.mask
-            self.counts["wavefronts"] += wavefronts(addresses, every, size)
+            memory.wavefronts += wavefronts(addresses, every, size)
         return memory.places(self.active(addresses), size)
 
     def load(self, memory: Memory, addresses: Array, size: int) -> Array:
