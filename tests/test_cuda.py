@@ -69,15 +69,22 @@ def test_machine_code(name, rows, capability):
     assert bool(found["tensor"]) == (launch.kernel.__name__ in ("matmul", "attend"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("rows", [1, 16, 64, 511])
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    [
+        *((rows, torch.float16) for rows in (1, 16, 64, 511)),
+        (1, torch.float32),
+        (64, torch.float32),
+    ],
+)
 def test_machine_code_of_other_types(rows, dtype):
     """On a card with the least shared memory, where fp32 takes twice as much of it."""
     pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
     from scripts import inspect_kernels
 
     choice.load_triton()
-    for name in ("int4 g64", "uint7 g64", "fp6", "codebook4 g64"):
+    names = ("int4 g64", "uint7 g64", "fp6", "codebook4 g64")
+    for name in names if dtype == torch.float16 else names[:2]:
         launch = inspect_kernels.product_launch(name, rows, 86, dtype)
         found = inspect_kernels.inspect(launch, 86)
         assert launch.options["num_stages"] > 0
