@@ -59,10 +59,9 @@ def test_attention(case, gpu):
     cases.test_attention_int8_cache(case)
 
 
-@pytest.mark.parametrize(("name", "cache"), [("int8dq", "bf16"), ("fp6", "int8"), ("w4a8", "bf16")])
-def test_whole_step(name, cache, gpu):
-    if (gpu == 80) == (cache == "int8"):
-        cases.test_whole_step(name, cache)
+@pytest.mark.parametrize("name", ["int8dq", "w4a8"])
+def test_whole_step(name, gpu):
+    cases.test_whole_step(name, "int8" if gpu == 80 else "bf16")
 
 
 def test_whole_step_bf16(gpu, monkeypatch):
@@ -70,4 +69,4 @@ def test_whole_step_bf16(gpu, monkeypatch):
     from kernels.cuda import launch
 
     monkeypatch.setattr(launch, "dependent_launch", lambda: gpu >= 90)
-    cases.test_whole_step_bf16("int4", "bf16")
+    cases.test_whole_step_bf16(*(("fp6", "int8") if gpu == 80 else ("int4", "bf16")))
