@@ -130,6 +130,7 @@ class Multiprocessor:
         return unit is None or unit[scheduler] <= time
 
     def issue(self, warp: Warp, scheduler: int, time: int) -> None:
+        """Units, scoreboards and the warp itself, from an instruction's cycle on."""
         line, done = self.loop[warp.at], 0.0
         if class_of(line.opcode) == "integer":
             self.integer[scheduler] = time + INTEGER

@@ -89,7 +89,7 @@ def test_machine_code_of_other_types(rows, dtype):
         found = inspect_kernels.inspect(launch, 86)
         assert launch.options["num_stages"] > 0
         assert found["shared_bytes"] <= inspect_kernels.SHARED[86]
-        if dtype == torch.float16 and name != "codebook4 g64":  # 8 bytes of its 64 rows spill
+        if dtype == torch.float16 and name != "codebook4 g64":  # its largest tile spills
             assert found["spilled_bytes"] == 0
 
 

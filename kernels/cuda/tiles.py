@@ -347,9 +347,9 @@ def group_scale(
     `scales` [n_lines, N], see layout.py. Columns behind the last group take its scale: no code
     there meets an x that is not 0.
     """
-    PAIRS: tl.constexpr = ZERO == "none" and scales.dtype.element_ty == tl.int32
+    TWO_SCALES: tl.constexpr = ZERO == "none"  # in a word
     group = group_columns(first, slot, lanes, KIND, GROUP, J)
-    line = tl.minimum(group // 2 if PAIRS else group, n_lines - 1)
+    line = tl.minimum(group // 2 if TWO_SCALES else group, n_lines - 1)
     if group.type.is_block():
         word = tl.load(scales + ((line * N)[None, :] + near[:, None]))
         odd = (group % 2)[None, :]
@@ -357,15 +357,12 @@ def group_scale(
         word = tl.load(scales + (line * N + near))[:, None]
         odd = group % 2
     ODD: tl.constexpr = odd_group(slot, KIND, GROUP, J)
-    if PAIRS:
+    if TWO_SCALES:
         half = word >> (16 * (odd if ODD is None else ODD))
         if INNER:
             s = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         else:
             s = (half << 16).to(tl.float32, bitcast=True)
-        return s, s * 0
-    elif ZERO == "none":
-        s = word.to(tl.float32)
         return s, s * 0
     else:
         s = (word << 16).to(tl.float32, bitcast=True)

@@ -16,8 +16,8 @@ class TritonWeight(nn.Module):
         planes: its codes (layout.py); of 8 bits and more: one plane [N, K].
         bits, exponent: of a code, and of its exponent where it is a small float.
         groupsize: columns that share a scale, 0: none do.
-        scales, zeros: [G, N], exact in bf16; zero says what the zeros are: "none", "int", "float".
-        inner: the group scales, exact in fp16, take the codes to int8 numbers.
+        scales, zeros: [G, N] bf16; zero says what the zeros are: "none", "int", "float".
+        inner: the group scales, fp16, take the codes to int8 numbers.
         row_scales: [N], times the whole row.
         table: fp32, the value of each code.
     """
@@ -37,7 +37,8 @@ class TritonWeight(nn.Module):
                 scales, row_scales, groupsize = None, scales[0], 0
         self.groupsize = 0 if scales is None else groupsize
         if scales is not None:
-            scales = scales.to(torch.float16 if inner else torch.bfloat16)
+            if scales.dtype != (torch.float16 if inner else torch.bfloat16):
+                raise ValueError(f"scales of groups in {scales.dtype}: they would be rounded")
             if zeros is None:
                 scales = F.pad(scales, (0, 0, 0, scales.shape[0] % 2))
                 scales, zeros = scales[::2], scales[1::2]

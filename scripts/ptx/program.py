@@ -91,7 +91,9 @@ def parse(ptx: str) -> Program:
         negated, guard, name, rest = re.fullmatch(
             r"(?:@(!?)(\S+) )?([a-z][\w.:]*) ?(.*)", text
         ).groups()
-        line = Instruction(text, name, guard and program.numbers[guard], bool(negated))
+        if guard and guard not in program.numbers:
+            raise EmulationError(f"unknown predicate: {text}")
+        line = Instruction(text, name, program.numbers.get(guard), bool(negated))
         first, *parts = name.split(".")
         if first == "bra":
             jumps.append((line, rest))
