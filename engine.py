@@ -227,8 +227,7 @@ class Engine:
             self.compiled.append("prefill")
             dynamic = buckets is None
             self.prefill_step = torch.compile(self._prefill_step, fullgraph=True, dynamic=dynamic)
-            # Up to MOST_ROWS rows the model is one operator: dynamic needs these too, on CUDA of
-            # every block of rows.
+            # Few rows are one operator: dynamic needs these too, on CUDA of every block of rows.
             # The largest chunk is cut to the cache's size: the longest prompt runs it.
             sizes = {min(b, length - 1) for b in buckets or (2, 9, MOST_ROWS, *BUCKETS)}
             self.warm_sizes = sorted(sizes - {0})

@@ -277,6 +277,7 @@ class Transformer(nn.Module):
             self.output.weight = self.tok_embeddings.weight
         self.cache_length = 0
         self.register_buffer("plan", None, persistent=False)  # see `fuse`
+        self.fused_rows = 0
         self.step_number: int | None = None
         self._step: object | None = None
         self.requires_grad_(False)
@@ -311,15 +312,17 @@ class Transformer(nn.Module):
         are replaced afterwards go unnoticed until `fuse` is called again.
         """
         self.plan = plan_decode(self)
+        self.fused_rows = 0 if self.plan is None else int(self.plan[1])
         self.step_number, self._step = make_step(self) or (None, None)
 
     def unfuse(self) -> None:
         """Run as modules again; what `fuse` has made is let go."""
         self.plan = self.step_number = self._step = None
+        self.fused_rows = 0
 
     def fused(self, rows: int) -> bool:
         """Whether so many rows (B T) run as one C++ operator."""
-        return self.plan is not None and rows <= MOST_ROWS
+        return rows <= self.fused_rows
 
     def __deepcopy__(self, memo: dict) -> "Transformer":
         """A copy that is not fused: the plan knows the tensors of this model alone."""

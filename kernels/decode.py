@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kernels import native
 from kernels.choice import load_triton, triton_on
 
-MOST_ROWS = 16  # B * T that the operators take
+MOST_ROWS = 16  # B * T of a step of Triton kernels; the C++ operator says itself how many it takes
 
 
 def plan_decode(model: nn.Module) -> Tensor | None:
@@ -22,8 +22,8 @@ def plan_decode(model: nn.Module) -> Tensor | None:
     tensors that the model has now: layers or caches set later need a new plan.
 
     Returns:
-        The handle, int64 [1] (the plan lives as long as this tensor), or None where a linear layer
-        has no form that the operator takes.
+        int64 [2]: the handle (the plan lives as long as this tensor), and how many rows B T the
+        operator takes. None where a linear layer has no form that it takes.
     """
     layers, norms = [], []
     for block in model.layers:
@@ -50,7 +50,7 @@ def plan_decode(model: nn.Module) -> Tensor | None:
 def decode(
     plan: Tensor, tokens: Tensor, embedding: Tensor, start: Tensor, last: Tensor | None = None
 ) -> Tensor:
-    """As `Transformer.forward`, for B T <= MOST_ROWS tokens; `embedding` is the table [V, C]."""
+    """As `Transformer.forward`, for B T <= plan[1] tokens; `embedding` is the table [V, C]."""
     return torch.ops.flatllama.decode(plan, tokens, embedding, start, last)
 
 

@@ -66,8 +66,8 @@ def exact_activations(flag: bool | None = None) -> bool:
 
     By default int4 products round activations to int8 in blocks of 64 columns (the largest divisor
     of the group size up to 64), each with its own fp32 scale; not 128 and more rows with AMX. On
-    AVX-512 products of int8 and uint-n of up to 16 rows round bf16 and fp16 to 16 bits in blocks of
-    at most 64.
+    AVX-512 products of int8 and uint-n of up to 16 rows (128 in the operator of the whole model; of
+    uint-n 31 with AMX) round bf16 and fp16 to 16 bits in blocks of at most 64.
     """
     global _exact
     if flag is not None:

@@ -5,8 +5,8 @@
 //   small floats  x in bf16. A vector of codes holds four columns of 16 rows in its bytes (coded.h); it
 //                 becomes two of bf16, of the even bytes and of the odd ones: two rows of AMX's B. So
 //                 of each four columns of x the middle two are swapped.
-//   bf16          the weight's rows as they lie are AMX's A, and x is B: two neighbouring columns of all
-//                 rows of x lie together
+//   bf16          the weight's rows as they lie are AMX's A, and x is B: two neighbouring columns of 16
+//                 rows of x lie together. Any number of rows
 #include "amx.h"
 #include "coded.h"
 #include "multiply.h"
@@ -252,82 +252,101 @@ void half_tiles(const Coded& c, int64_t t0, int64_t t1) {
 
 constexpr int64_t kColumns = 32;  // of bf16, a row of a tile
 
-static bool meets_rows(int64_t m, int64_t k) {
-  return m >= kFewest && m <= kFewRows && k % kColumns == 0;
-}
+static bool meets_rows(int64_t m, int64_t k) { return m >= kFewest && k % kColumns == 0; }
 
-// For float_rows: of each 32 columns of x [m, k], [16, m] pairs of them.
+// For float_rows: of the first 16 rows of x [m, k], or all if they are fewer, and each 32 columns,
+// [16, rows] pairs of them; then of the next 16, with zeros behind the last row.
 void widen_rows(const void* x, Type type, int64_t m, int64_t k, int64_t kpad, bool paired,
                 float* out) {
   if (!paired || !meets_rows(m, k)) return avx512bf16::widen_rows(x, type, m, k, kpad, paired, out);
-  const auto keep = __mmask16((1 << m) - 1);
-  for (int64_t c = 0; c < k; c += kColumns) {
-    vf rows[16] = {};
-    for (int64_t r = 0; r < m; r++) rows[r] = load<vf>((const uint16_t*)x + r * k + c);
-    transpose(rows);
-    for (int i = 0; i < 16; i++, out += m) _mm512_mask_storeu_ps(out, keep, (__m512)rows[i]);
-  }
+  const int64_t width = min(m, 16);
+  const auto keep = __mmask16((1 << width) - 1);
+  for (int64_t m0 = 0; m0 < m; m0 += 16)
+    for (int64_t c = 0; c < k; c += kColumns) {
+      vf rows[16] = {};
+      for (int64_t r = 0; r < min(16, m - m0); r++)
+        rows[r] = load<vf>((const uint16_t*)x + (m0 + r) * k + c);
+      transpose(rows);
+      for (int i = 0; i < 16; i++, out += width) _mm512_mask_storeu_ps(out, keep, (__m512)rows[i]);
+    }
 }
 
-// `rows` rows of W from n on and, of two streams, as many from n + apart on, against all of x.
-template <int S>
-INLINE void row_tiles(const Linear& a, int64_t n, int64_t rows, int64_t apart) {
-  const int64_t stride = a.k * 2, x_stride = a.m * 4, steps = a.k / kColumns;
-  const char *x = (const char*)a.x, *first = (const char*)a.w + n * stride;
-  const char* second = first + apart * stride;
-  alignas(64) vf sums[4][16] = {};  // even steps of each stream, odd steps of each
+// `rows` rows of W from n on and, of two streams, as many from n + apart on, against rows of x from m0
+// on: 16, of two groups 32, or what is left of them. One group has two sums, of even and odd steps.
+template <int S, int G>
+INLINE void row_tiles(const Linear& a, int64_t n, int64_t rows, int64_t apart, int64_t m0) {
+  const int64_t stride = a.k * 2, x_stride = min(a.m, 16) * 4, steps = a.k / kColumns;
+  const char *x = (const char*)a.x + m0 * stride, *first = (const char*)a.w + n * stride;
+  const char *behind = x + 16 * stride, *second = first + apart * stride;
+  alignas(64) vf sums[2][2][16];  // [stream][group, or odd]
   auto ask = [&](int64_t i) __attribute__((always_inline)) {  // for the next rows, as they lie
-    for (int64_t p = 16 * stride + i * 1024, end = p + 1024; p < end; p += 64) {
+    for (int64_t p = 16 * stride + i * 1024, end = p + 1024; m0 == 0 && p < end; p += 64) {
       prefetch(first + p);
       if (S == 2) prefetch(second + p);
     }
   };
   zero_sums();
-  for (int64_t i = 0; i < steps; i += 2) {
+  for (int64_t i = 0; i < steps; i++) {
     ask(i);
     TILE_LOAD(4, x + i * 16 * x_stride, x_stride);
     TILE_LOAD(6, first + i * 64, stride);
     if (S == 2) TILE_LOAD(7, second + i * 64, stride);
     TILE_DOT("tdpbf16ps", 0, 6, 4);
-    if (S == 2) TILE_DOT("tdpbf16ps", 1, 7, 4);
-    if (i + 1 == steps) break;
-    ask(i + 1);
-    TILE_LOAD(5, x + (i + 1) * 16 * x_stride, x_stride);
-    TILE_LOAD(6, first + (i + 1) * 64, stride);
-    if (S == 2) TILE_LOAD(7, second + (i + 1) * 64, stride);
-    TILE_DOT("tdpbf16ps", 2, 6, 5);
+    if (S == 2) TILE_DOT("tdpbf16ps", 2, 7, 4);
+    if (G == 2) {
+      TILE_LOAD(5, behind + i * 16 * x_stride, x_stride);
+    } else {
+      if (++i == steps) break;
+      ask(i);
+      TILE_LOAD(5, x + i * 16 * x_stride, x_stride);
+      TILE_LOAD(6, first + i * 64, stride);
+      if (S == 2) TILE_LOAD(7, second + i * 64, stride);
+    }
+    TILE_DOT("tdpbf16ps", 1, 6, 5);
     if (S == 2) TILE_DOT("tdpbf16ps", 3, 7, 5);
   }
-  store_sums(sums[0], sums[1], sums[2], sums[3]);
+  store_sums(sums[0][0], sums[0][1], sums[1][0], sums[1][1]);
   for (int s = 0; s < S; s++) {
-    for (int r = 0; r < 16; r++) sums[s][r] += sums[s + 2][r];
-    transpose(sums[s]);
-    for (int64_t m = 0; m < a.m; m++) {
-      const int64_t column = n + s * apart;
-      if (rows == 16) {
-        finish(a, m, column, &sums[s][m]);
-        continue;
-      }
-      for (int64_t i = 0; i < rows; i++) {
-        const float bias = a.bias ? load_one(a.bias, a.type, column + i) : 0;
-        store_one(a.y, a.type, m * a.n + column + i, sums[s][m][i] + bias);
+    for (int r = 0; G == 1 && r < 16; r++) sums[s][0][r] += sums[s][1][r];
+    for (int g = 0; g < G; g++) {
+      transpose(sums[s][g]);
+      for (int64_t m = 0; m < min(16, a.m - m0 - g * 16); m++) {
+        const int64_t row = m0 + g * 16 + m, column = n + s * apart;
+        const vf& line = sums[s][g][m];
+        if (rows == 16) {
+          finish(a, row, column, &line);
+          continue;
+        }
+        for (int64_t i = 0; i < rows; i++) {
+          const float bias = a.bias ? load_one(a.bias, a.type, column + i) : 0;
+          store_one(a.y, a.type, row * a.n + column + i, line[i] + bias);
+        }
       }
     }
+  }
+}
+
+// The same rows of W against all rows of x.
+template <int S>
+INLINE void all_rows(const Linear& a, int64_t n, int64_t rows, int64_t apart) {
+  for (int64_t m = 0; m < a.m; m += 32) {
+    if (m + 16 < a.m) row_tiles<S, 2>(a, n, rows, apart, m);
+    else row_tiles<S, 1>(a, n, rows, apart, m);
   }
 }
 
 void float_rows(const Linear& a, int64_t n0, int64_t n1) {
   if (a.type != Type::bf16 || !meets_rows(a.m, a.k)) return avx512bf16::float_rows(a, n0, n1);
   const int64_t apart = (n1 - n0) / 32 * 16;
-  const TileShape x{16, a.m * 4};
+  const TileShape x{16, min(a.m, 16) * 4};
   {
     const Tiles tiles(x, x, {16, 64});
-    for (int64_t n = n0; n < n0 + apart; n += 16) row_tiles<2>(a, n, 16, apart);
+    for (int64_t n = n0; n < n0 + apart; n += 16) all_rows<2>(a, n, 16, apart);
   }
   for (int64_t n = n0 + 2 * apart; n < n1; n += 16) {
     const int64_t rows = min(16, n1 - n);
     const Tiles tiles({rows, x.bytes}, x, {rows, 64});
-    row_tiles<1>(a, n, rows, 0);
+    all_rows<1>(a, n, rows, 0);
   }
 }
 

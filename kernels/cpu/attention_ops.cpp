@@ -83,12 +83,20 @@ std::string set_cpu_level(std::string level, bool emulated) {
 const Kernels& kernels() { return *current; }
 
 Scratch::Scratch(int64_t bytes) {
-  constexpr int64_t kKept = 1 << 20;
-  if (bytes > kKept) {
-    large_ = at::empty({bytes + 64}, at::kByte);
+  constexpr int64_t kLeast = 1 << 20, kMost = 16 << 20;
+  thread_local std::unique_ptr<char[]> kept;
+  thread_local int64_t size = 0;
+  bytes = std::max(bytes, kLeast) + 64;
+  if (bytes > kMost) {
+    large_ = at::empty({bytes}, at::kByte);
     next_ = static_cast<char*>(large_.mutable_data_ptr());
   } else {
-    thread_local std::unique_ptr<char[]> kept(new char[kKept + 64]);
+    if (bytes > size) {
+      kept.reset();
+      size = 0;
+      kept.reset(new char[bytes]);
+      size = bytes;
+    }
     next_ = kept.get();
   }
   next_ = reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(next_)));

@@ -64,6 +64,9 @@ class Meeting {
   alignas(64) std::atomic<unsigned> round_{0};
 };
 
+constexpr int64_t kMostRows = 128;  // of a call
+constexpr int64_t kCached = 32768;  // bytes of a weight that are still in a cache when read again
+
 struct Block {
   Tensor norm1, norm2, k_cache, v_cache, k_scale, v_scale;  // no scales: a cache of x's dtype
   Product wqkv, wo, w13, w2;
@@ -77,13 +80,25 @@ struct Plan {
   std::vector<Block> blocks;
   Tensor norm, cos, sin;  // the last norm; the rotary tables [S, D / 2]
   Product output;
-  int64_t self[1];  // the number that Python holds: this address
+  int64_t self[2];  // the numbers that Python holds: this address, most_rows()
 
-  // Scratch of one thread for m rows: its normed rows, and the form its products take them in.
-  int64_t own_bytes(int64_t m) const {
-    int64_t most = output.bytes(m);
-    for (const Block& b : blocks)
-      for (const Product* p : {&b.wqkv, &b.wo, &b.w13, &b.w2}) most = std::max(most, p->bytes(m));
+  std::vector<const Product*> products() const {
+    std::vector<const Product*> all{&output};
+    for (const Block& b : blocks) all.insert(all.end(), {&b.wqkv, &b.wo, &b.w13, &b.w2});
+    return all;
+  }
+
+  // How many rows a call may have. Without AVX-512 more of them are faster in the modules' products.
+  int64_t most_rows() const {
+    bool apart = true;
+    for (const Product* p : products()) apart = apart && p->rows_apart();
+    return apart && kernels().int8_pairs ? kMostRows : kFewRows;
+  }
+
+  // Scratch for a group of m rows: normed, and in the form that a product takes.
+  int64_t group_bytes(int64_t m) const {
+    int64_t most = 0;
+    for (const Product* p : products()) most = std::max(most, p->bytes(m));
     return Scratch::round_up(m * C * 4) + Scratch::round_up(most);
   }
 };
@@ -92,17 +107,19 @@ struct Plan {
 struct Step {
   const Plan& plan;
   Type type;
-  int64_t size, B, T, M, own_bytes;  // bytes of a number; M = B T rows
+  int64_t size, B, T, M, group_bytes;  // bytes of a number; M = B T rows
   const int64_t* last;               // [B], the row of each sequence whose logits are wanted; or all
   char* logits;                      // [M or B, V]
   int64_t* best;                     // [threads, M], each thread's first of the largest; or null
-  char *x, *qkv, *heads, *projected, *middle, *gate_up, *hidden, *own;
+  char *x, *qkv, *heads, *projected, *middle, *gate_up, *hidden, *groups;
+  Coded* forms;                      // of each group of rows, for the product that comes next
   Pieces attention{};                // of a block whose caches are still to be set
   Meeting* meeting;
 
-  // This thread's normed rows, and its room for the form its products take them in.
-  char* rows_of(int rank) const { return own + rank * own_bytes; }
-  char* forms_of(int rank) const { return rows_of(rank) + Scratch::round_up(M * plan.C * 4); }
+  // Where the rows of a product's x begin that lie one behind the other.
+  auto rows_of(const char* from, const Product& p) const {
+    return [=, bytes = p.c.a.k * size](int64_t r) { return from + r * bytes; };
+  }
 
   // Waits for the other threads, to go on with its share of units [0, units) of a product.
   void meet(int rank, int threads, const Product& next, int64_t units) const {
@@ -111,13 +128,44 @@ struct Step {
                   (last - first) * next.unit_bytes());
   }
 
-  // This thread's columns of a product of m rows, and then work(first column, last column).
-  template <class Work>
-  void multiply(const Product& p, const char* from, int64_t m, char* to, int rank, int threads,
-                Work&& work) const {
+  // Brings `rows` rows of x into the form that product p takes, for a result in y; row(m) is where
+  // row m begins, and norm, unless null, the weight of the norm before. Where p does not take all of
+  // them at once they go in groups, which the threads share out; a single group every thread brings in
+  // for itself, which saves a wait.
+  template <class Row>
+  void read(const Product& p, Row&& row, const Tensor* norm, int64_t rows, char* y, int rank,
+            int threads) const {
+    const int64_t most = p.at_once(rows), count = div_up(rows, most);
+    for (int64_t g = rank; g < (count > 1 ? count : threads); g += threads) {
+      const int64_t m0 = count > 1 ? g * most : 0, m = std::min(most, rows - m0);
+      char *normed = groups + g * group_bytes, *form = normed + Scratch::round_up(m * plan.C * 4);
+      for (int64_t r = 0; norm && r < m; r++)
+        kernels().rms_norm(row(m0 + r), norm->const_data_ptr(), type, 1, plan.C, plan.eps,
+                           normed + r * plan.C * size);
+      forms[g] = p.read(norm ? normed : row(m0), m, y + m0 * p.c.a.n * size, form);
+    }
+    if (count > 1) meet(rank, threads, p, p.units());
+  }
+
+  // Units [first, last) of a product of so many rows, which were read.
+  void run_units(const Product& p, int64_t rows, int64_t first, int64_t last, int rank) const {
+    const int64_t count = div_up(rows, p.at_once(rows));
+    if (count == 1) return p.run(forms[rank], first, last);
+    // so few at a time that all groups but the first find them in the cache
+    const int64_t some = std::max<int64_t>(1, kCached / p.unit_bytes());
+    for (; first < last; first += some)
+      for (int64_t g = 0; g < count; g++)
+        p.run(forms[g], first, std::min(first + some, last));
+  }
+
+  // This thread's columns of a product, and then work(first column, last column).
+  template <class Row, class Work>
+  void multiply(const Product& p, Row&& row, const Tensor* norm, int64_t rows, char* y, int rank,
+                int threads, Work&& work) const {
     const int64_t first = p.units() * rank / threads, last = p.units() * (rank + 1) / threads;
+    read(p, row, norm, rows, y, rank, threads);
     if (first >= last) return;
-    p.run(p.read(from, m, to, forms_of(rank)), first, last);
+    run_units(p, rows, first, last, rank);
     work(first * p.unit(), std::min(last * p.unit(), p.c.a.n));
   }
 
@@ -125,8 +173,6 @@ struct Step {
   // and a product.
   void run(const Block& block, const Tensor& norm, const Product& next, int rank,
            int threads) const {
-    const Plan& s = plan;
-    char* normed = rows_of(rank);
     Pieces pieces = attention;
     pieces.caches(block.k_cache, block.v_cache);
     pieces.cache_scales(block.k_scale, block.v_scale);
@@ -135,8 +181,9 @@ struct Step {
     auto share = [&](int64_t count, auto&& work) {
       for (int64_t i = count * rank / threads; i < count * (rank + 1) / threads; i++) work(i);
     };
-    auto product = [&](const Product& p, const char* from, char* to, auto&& work) {
-      multiply(p, from, M, to, rank, threads, work);
+    auto product = [&](const Product& p, const char* from, const Tensor* norm, char* to,
+                       auto&& work) {
+      multiply(p, rows_of(from, p), norm, M, to, rank, threads, work);
     };
     auto add = [&](const char* a, const char* b, char* to) {
       return [=, this](int64_t first, int64_t last) {
@@ -148,8 +195,7 @@ struct Step {
     };
     auto nothing = [](int64_t, int64_t) {};
 
-    kernels().rms_norm(x, block.norm1.const_data_ptr(), type, M, s.C, s.eps, normed);
-    product(block.wqkv, normed, qkv, nothing);
+    product(block.wqkv, x, &block.norm1, qkv, nothing);
     meet(rank, threads, block.wo, block.wo.units());
     auto queries = [&](auto... where) { rotated_queries(pieces, where...); };
     auto fill = [&](auto... where) { fill_slots(block, pieces, where...); };
@@ -160,19 +206,19 @@ struct Step {
       meet(rank, threads, block.wo, block.wo.units());
     }
     ask(block.norm2.const_data_ptr(), block.norm2.nbytes());
-    product(block.wo, heads, projected, add(x, projected, middle));
-    meet(rank, threads, block.w13, s.F / block.w13.unit());
-    kernels().rms_norm(middle, block.norm2.const_data_ptr(), type, M, s.C, s.eps, normed);
-    gated(block.w13, normed, rank, threads);
+    product(block.wo, heads, nullptr, projected, add(x, projected, middle));
+    meet(rank, threads, block.w13, plan.F / block.w13.unit());
+    gated(block.w13, block.norm2, rank, threads);
     meet(rank, threads, block.w2, block.w2.units());
     ask(norm.const_data_ptr(), norm.nbytes());
-    product(block.w2, hidden, projected, add(middle, projected, x));
+    product(block.w2, hidden, nullptr, projected, add(middle, projected, x));
     meet(rank, threads, next, next.units());
   }
 
   // hidden = silu(gate) * up. A thread makes the gate's and up's numbers of the same columns and
   // goes on without a wait, unless up's first column lies within a unit.
-  void gated(const Product& p, const char* from, int rank, int threads) const {
+  void gated(const Product& p, const Tensor& norm, int rank, int threads) const {
+    const auto row = rows_of(middle, p);
     const int64_t F = plan.F, units = F / p.unit();
     auto silu = [&](int64_t first, int64_t last) {
       for (int64_t m = 0; m < M; m++) {
@@ -181,31 +227,27 @@ struct Step {
       }
     };
     if (F % p.unit()) {
-      multiply(p, from, M, gate_up, rank, threads, [](int64_t, int64_t) {});
+      multiply(p, row, &norm, M, gate_up, rank, threads, [](int64_t, int64_t) {});
       meet(rank, threads, p, 0);
       silu(F * rank / threads, F * (rank + 1) / threads);
       return;
     }
     const int64_t first = units * rank / threads, last = units * (rank + 1) / threads;
+    read(p, row, &norm, M, gate_up, rank, threads);
     if (first >= last) return;
-    const Coded own = p.read(from, M, gate_up, forms_of(rank));
-    p.run(own, first, last);
-    p.run(own, units + first, units + last);
+    run_units(p, M, first, last, rank);
+    run_units(p, M, units + first, units + last, rank);
     silu(first * p.unit(), last * p.unit());
   }
 
   // What it does after the blocks: the logits of all rows, or of rows `last`.
   void head(int rank, int threads) const {
-    char* normed = rows_of(rank);
-    const int64_t rows = last ? B : M;
-    for (int64_t r = 0; r < rows; r++)
-      kernels().rms_norm(x + (last ? r * T + last[r] : r) * plan.C * size,
-                         plan.norm.const_data_ptr(), type, 1, plan.C, plan.eps,
-                         normed + r * plan.C * size);
-    multiply(plan.output, normed, rows, logits, rank, threads, [&](int64_t begin, int64_t end) {
+    auto row = [&](int64_t r) { return x + (last ? r * T + last[r] : r) * plan.C * size; };
+    auto find = [&](int64_t begin, int64_t end) {
       for (int64_t r = 0; best && r < M; r++)
         best[rank * M + r] = begin + first_largest(logit(r, begin), type, end - begin);
-    });
+    };
+    multiply(plan.output, row, &plan.norm, last ? B : M, logits, rank, threads, find);
   }
 
   char* logit(int64_t r, int64_t i) const { return logits + (r * plan.output.c.a.n + i) * size; }
@@ -322,8 +364,9 @@ void check_caches(const Block& b, const Block& first, at::ScalarType dtype) {
 std::mutex mutex;
 std::set<const Plan*> plans;
 
-// What `decode` needs of a model and its caches, as a handle: int64 [1], which owns the plan. The
-// norms: two of each block, and the last one; the forms: four of each block, and the head's.
+// What `decode` needs of a model and its caches: int64 [2], a handle, which owns the plan, and how many
+// rows it takes. The norms: two of each block, and the last one; the forms: four of each block, and the
+// head's.
 Tensor plan_decode(at::TensorList norms, double eps, const Tensor& cos, const Tensor& sin,
                    at::TensorList k_caches, at::TensorList v_caches, at::TensorList k_scales,
                    at::TensorList v_scales, int64_t heads, int64_t ffn, int64_t vocabulary,
@@ -369,16 +412,17 @@ Tensor plan_decode(at::TensorList norms, double eps, const Tensor& cos, const Te
   Plan* p = plan.release();
   plans.insert(p);
   p->self[0] = reinterpret_cast<int64_t>(p);
+  p->self[1] = p->most_rows();
   auto free = [p](void*) {
     const std::lock_guard<std::mutex> lock(mutex);
     plans.erase(p);
     delete p;
   };
-  return at::from_blob(p->self, {1}, free, at::TensorOptions(at::kLong));
+  return at::from_blob(p->self, {2}, free, at::TensorOptions(at::kLong));
 }
 
 const Plan& find_plan(const Tensor& handle) {
-  TORCH_CHECK_VALUE(handle.is_cpu() && handle.scalar_type() == at::kLong && handle.numel() == 1,
+  TORCH_CHECK_VALUE(handle.is_cpu() && handle.scalar_type() == at::kLong && handle.numel() == 2,
                     "not a handle of plan_decode");
   const auto* plan = reinterpret_cast<const Plan*>(*handle.const_data_ptr<int64_t>());
   const std::lock_guard<std::mutex> lock(mutex);
@@ -407,8 +451,8 @@ Tensor run(const Tensor& handle, const Tensor& tokens, const Tensor& embedding, 
   TORCH_CHECK_VALUE(tokens.is_cpu() && tokens.dim() == 2 && tokens.scalar_type() == at::kLong,
                     "tokens must be int64 [B, T]");
   const int64_t B = tokens.size(0), T = tokens.size(1), M = B * T;
-  TORCH_CHECK_VALUE(M >= 1 && M <= kFewRows && B == plan.blocks[0].k_cache.size(0),
-                    "decode takes 1 to ", kFewRows, " tokens of as many sequences as the caches, "
+  TORCH_CHECK_VALUE(M >= 1 && M <= plan.self[1] && B == plan.blocks[0].k_cache.size(0),
+                    "decode takes 1 to ", plan.self[1], " tokens of as many sequences as the caches, "
                     "not ", tokens.sizes());
   const Tensor starts = check_index(start, B, "start"), ids = tokens.contiguous();
   const Tensor rows = last ? check_index(*last, B, "last") : Tensor();
@@ -418,10 +462,10 @@ Tensor run(const Tensor& handle, const Tensor& tokens, const Tensor& embedding, 
   }
 
   const int threads = at::get_num_threads();
-  Tensor logits = at::empty({B, last ? 1 : T, V}, embedding.options());
-  Step s{plan, type_of(embedding), embedding.element_size(), B, T, M, plan.own_bytes(M)};
+  Tensor logits;
+  if (!greedy) logits = at::empty({B, last ? 1 : T, V}, embedding.options());
+  Step s{plan, type_of(embedding), embedding.element_size(), B, T, M, plan.group_bytes(M)};
   s.last = last ? rows.const_data_ptr<int64_t>() : nullptr;
-  s.logits = static_cast<char*>(logits.mutable_data_ptr());
   Pieces& p = s.attention = Pieces{B, T, plan.H, plan.Hkv, plan.D, plan.S, s.type};
   p.cache_scales(plan.blocks[0].k_scale, plan.blocks[0].v_scale);
   p.first = starts.const_data_ptr<int64_t>();
@@ -433,12 +477,18 @@ Tensor run(const Tensor& handle, const Tensor& tokens, const Tensor& embedding, 
   char** places[] = {&s.x, &s.qkv, &s.heads, &s.projected, &s.middle, &s.gate_up, &s.hidden};
   const int64_t C = plan.C, wide = plan.H * plan.D, kv = 2 * plan.Hkv * plan.D;
   const int64_t sizes[] = {C, wide + kv, wide, C, C, 2 * plan.F, plan.F};
-  int64_t bytes = p.plan(threads) + threads * s.own_bytes;
+  const int64_t groups = std::max<int64_t>(threads, div_up(M, kFewRows));
+  int64_t bytes = p.plan(threads) + groups * s.group_bytes;
   for (int64_t n : sizes) bytes += Scratch::round_up(M * n * s.size);
+  if (greedy) bytes += Scratch::round_up(M * V * s.size);
   Scratch scratch(bytes);
   p.take(scratch, threads);
   for (int i = 0; i < 7; i++) *places[i] = scratch.take<char>(M * sizes[i] * s.size);
-  s.own = scratch.take<char>(threads * s.own_bytes);
+  s.groups = scratch.take<char>(groups * s.group_bytes);
+  std::vector<Coded> forms(groups);
+  s.forms = forms.data();
+  s.logits = greedy ? scratch.take<char>(M * V * s.size)
+                    : static_cast<char*>(logits.mutable_data_ptr());
   p.y = s.heads;
   Meeting meeting;
   s.meeting = &meeting;

@@ -195,7 +195,6 @@ Tensor int4_linear(const Tensor& x, const Tensor& tiles, OptTensor bias, int64_t
   a.group = group;
   a.groups = div_up(k, group);
   for (a.block = std::min<int64_t>(group, 64); group % a.block; a.block -= 8) {}
-  constexpr int64_t kManyRows = 128;  // from here on AMX takes x as it is in less time
   if (!exact && !(a.m >= kManyRows && k > 0 && call.has_bf16_panels())) {
     with_quantized(call, 8, Rounding::blocks, true, [&] {
       call.over_tiles(bytes, [&](int64_t i, int64_t j) { kernels().int4_tiles(a, i, j, 0, a.m); });

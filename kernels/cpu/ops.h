@@ -19,8 +19,8 @@ inline void check_cpu(const at::Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.device().is_cpu(), name, " must be on the CPU");
 }
 
-// Memory that a call needs while it runs: a megabyte that this thread keeps, which one Scratch at a
-// time may have, or, if that is too little, a tensor's.
+// Memory that a call needs while it runs. Up to some megabytes this thread keeps it, since new pages
+// would cost more than some calls do; so there is one Scratch at a time. Beyond, it is a tensor's.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes);

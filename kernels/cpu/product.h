@@ -1,4 +1,4 @@
-// A linear layer of any format inside a larger operator, for up to kFewRows rows of x.
+// A linear layer of any format inside a larger operator.
 #pragma once
 #include <vector>
 
@@ -101,16 +101,34 @@ struct Product {
     return kind == Kind::int8 ? !in_pairs(c.a.type, exact) : kind == Kind::int4 && exact;
   }
 
+  // How many of m rows one read() and run() take.
+  int64_t at_once(int64_t m) const {
+    if (kind == Kind::rows || kind == Kind::int8dq || kind == Kind::int4dq || in_panels(m)) return m;
+    return std::min(m, kFewRows);
+  }
+
+  // Whether so many rows of x meet panels of the weight in bf16, as they are: where few rows do so in
+  // fp32; where they meet codes in planes, whose bits it pays to put together but once; many of int4.
+  bool in_panels(int64_t m) const {
+    if (m <= kFewRows || activations || c.a.type != Type::bf16 || !kernels().bf16_panels) return false;
+    if (kind != Kind::coded) return takes_fp32() || (kind == Kind::int4 && m >= kManyRows);
+    const Meets how = how_meets(c, activations, exact);
+    return how == Meets::fp32 || (how == Meets::pairs && m >= 2 * kFewRows);
+  }
+
+  // Whether a row of the result depends on no other row of x.
+  bool rows_apart() const { return kind != Kind::coded || activations != 3; }
+
   // Output columns are handed out in units of so many.
   int64_t unit() const { return kind == Kind::rows ? 4 : 32; }
   int64_t units() const { return div_up(c.a.n, unit()); }
   int64_t unit_bytes() const { return bytes_ / units(); }
 
-  // Scratch that read() needs for m rows.
+  // Scratch that read() needs for up to m rows.
   int64_t bytes(int64_t m) const {
     Linear a = c.a;
     a.m = m;
-    return Scratch::round_up(m * a.k * 4) + coded_bytes(a);
+    return Scratch::round_up(m * a.k * 4) + coded_bytes(a) + (in_panels(m) ? padded_bytes(m) : 0);
   }
 
   // The product of x [m, k] into y [m, n], with x in the form that run() takes; each thread makes
@@ -132,6 +150,16 @@ struct Product {
         kernels().multiply_scale(static_cast<const char*>(x) + r * a.k * size, input_scale, a.type,
                                  a.k, scaled + r * a.k * size);
       x = scaled;
+    }
+    if (in_panels(m)) {
+      a.x = take(padded_bytes(m) / 4);
+      const int64_t bytes = a.k * 2, padded = div_up(a.k, 32) * 64;  // of a row
+      char* to = reinterpret_cast<char*>(const_cast<float*>(a.x));
+      for (int64_t r = 0; r < m; r++, to += padded) {
+        memcpy(to, static_cast<const char*>(x) + r * bytes, bytes);
+        memset(to + bytes, 0, padded - bytes);
+      }
+      return own;
     }
     if (kind == Kind::coded) {
       read_coded(own, x, activations, how_meets(c, activations, exact), scratch);
@@ -167,6 +195,12 @@ struct Product {
     const int64_t end = std::min(last * 2, div_up(a.n, 16));
     const Kernels& k = kernels();
     if (first >= last) return;
+    if (in_panels(a.m)) {
+      const Format format = kind == Kind::int8   ? Format::int8
+                            : kind == Kind::int4 ? Format::int4
+                                                 : Format::coded;
+      return k.bf16_panels(own, format, first, last);
+    }
     if (kind == Kind::rows) k.float_rows(a, first * 4, std::min(last * 4, a.n));
     else if (kind == Kind::coded)
       coded_product(own, how_meets(c, activations, exact), first * 2, end);
@@ -180,6 +214,11 @@ struct Product {
 
  private:
   int64_t bytes_ = 0;
+
+  // Of x for panels: whole 16 rows, of which only those of x matter, of whole 32 columns in bf16.
+  int64_t padded_bytes(int64_t m) const {
+    return div_up(m, 16) * 16 * div_up(c.a.k, 32) * 64;
+  }
 
   Tensor hold(const Tensor& t) {
     check_cpu(t, "a layer's tensor");
