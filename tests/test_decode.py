@@ -95,7 +95,7 @@ def test_rows_and_caches(kind, batch, tokens, filled):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", [None, *FORMATS])
 def test_many_rows(mode, dtype):
-    """Rows in groups, whose sizes and way to the weight depend on the format and on their number."""
+    """Rows in groups, whose sizes and way to the weight depend on format and number of rows."""
     tolerance = 0.03 if dtype == torch.bfloat16 else 2e-5
     if mode == "float8dq-row" and dtype == torch.bfloat16:
         tolerance = 0.08  # e4m3 has three bits: an input that falls to the other neighbour shows
