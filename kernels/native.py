@@ -34,8 +34,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx512"] = [*LEVELS["avx2"], *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni"))]
     LEVELS["avx512bf16"] = [*LEVELS["avx512"], "-mavx512bf16"]
     LEVELS["amx"] = [*LEVELS["avx512bf16"], "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
-# What these levels have of their own, and `amx*` nobody else; the rest is of the levels below.
-FILES = {"avx512bf16": ("float", "level"), "amx": ("amx", "amx_few", "level")}
+# What these levels have of their own; the rest is of the levels below.
+FILES = {"avx512bf16": ("float", "halves", "level"), "amx": ("amx", "amx_few", "level")}
+THEIRS_ALONE = ("halves", "amx", "amx_few")
 FLAGS = ["-std=c++20", "-fPIC", "-fopenmp", "-w"]
 
 _loaded: bool | None = None  # None: not tried yet
@@ -139,7 +140,7 @@ def _jobs(compiler: str, folder: Path) -> list[tuple[list[str], Path]]:
             ["-O3", *flags, f"-DCPU_LEVEL={level}"]
             for level, flags in LEVELS.items()
             if source.stem in FILES.get(level, ())
-            or (level not in FILES and not source.stem.startswith("amx"))
+            or (level not in FILES and source.stem not in THEIRS_ALONE)
         ]
         for flags in [torch_flags] if source.stem.endswith("_ops") else variants:
             command = [compiler, *FLAGS, *flags, "-c", source.name]

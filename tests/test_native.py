@@ -68,6 +68,23 @@ def test_float_linear_with_bf16_instructions(bf16_level, m):
         close(ops.float_linear(x, w, bias), x.double() @ w.double().T + bias.double(), x.dtype)
 
 
+@pytest.mark.parametrize("m", [1, 3, 11, 16])
+@pytest.mark.parametrize("name", ["float8", "float8dq-row", "fp6", "fpx-2-1", "fpx-4-2", "fpx-5-2"])
+def test_small_floats_with_bf16_instructions(bf16_level, name, m):
+    """Subnormal codes, which bf16 products would take as zeros, among them."""
+    cls = FORMATS[name]
+    for n, k in ((35, 203), (16, 64)):
+        x, bias, generator = make(m, n, k, torch.bfloat16)
+        w = torch.randn(n, k, generator=generator) * torch.rand(n, k, generator=generator) ** 8
+        grid = cls(k, n, dtype=x.dtype).grid()
+        params = grid.fit(w)
+        codes = grid.round_to_nearest(w, params)
+        plain, layer = (cls.from_codes(codes, params, bias, x.dtype) for _ in range(2))
+        layer.repack()
+        want = plain.rounded_input(x) @ plain.dequantize().double().T + bias.double()
+        close(layer(x), want, x.dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", ROWS)
 def test_int8_linear(level, m, dtype):

@@ -2,13 +2,11 @@
 //
 //   int8          x in pairs of int8, codes as they lie: four columns of 16 rows are a row of AMX's B
 //   int4          x in blocks of int8, codes unpacked to bytes
-//   small floats  x in bf16. A vector of codes holds four columns of 16 rows in its bytes (coded.h); it
-//                 becomes two of bf16, of the even bytes and of the odd ones: two rows of AMX's B. So
-//                 of each four columns of x the middle two are swapped.
+//   small floats  x in bf16, codes widened as halves.h says: a vector of them is two rows of AMX's B
 //   bf16          the weight's rows as they lie are AMX's A, and x is B: two neighbouring columns of 16
 //                 rows of x lie together. Any number of rows
 #include "amx.h"
-#include "coded.h"
+#include "halves.h"
 #include "multiply.h"
 
 namespace avx512 {
@@ -17,6 +15,7 @@ extern const Kernels kernels;
 namespace avx512bf16 {
 decltype(CPU_LEVEL::widen_rows) widen_rows;
 decltype(CPU_LEVEL::float_rows) float_rows;
+decltype(CPU_LEVEL::half_tiles) half_tiles;
 }  // namespace avx512bf16
 
 namespace CPU_LEVEL {
@@ -120,58 +119,6 @@ void int4_tiles(const Linear& a, int64_t t0, int64_t t1, int64_t m0, int64_t m1)
   }
 }
 
-// What codes of `Bits` bits, E of them exponent, stand for.
-template <int Bits, int E>
-struct Halves {
-  // Up to 6 bits a table has them, without their sign if they are 6. Of 7 and 8 bits the bits move to
-  // their places, and a table has the subnormals, which are rare.
-  static constexpr bool kTable = Bits <= 6;
-  static constexpr float kFactor = kTable ? 1 : SmallFloat<E>::kFactor;
-  static constexpr int kUp = kTable ? 0 : 8 - Bits;  // to the top of a byte
-  static constexpr int M = 7 - E;                    // mantissa bits that are then in it
-  __m512i table;
-
-  explicit Halves(const Coded& c) {
-    uint16_t values[32];
-    for (int i = 0; i < 32; i++) values[i] = to_bf16(c.table[i >> kUp] / kFactor);
-    table = _mm512_loadu_si512(values);
-  }
-
-  INLINE void widen(__m512i v, vu& even, vu& odd) const {
-    if constexpr (kTable) {
-      __m512i a = _mm512_permutexvar_epi16(v, table);  // the index is a lane's lowest 5 bits
-      __m512i b = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 8), table);
-      even = (vu)a;
-      odd = (vu)b;
-      if constexpr (Bits == 6) {
-        even = blend((vu)_mm512_slli_epi16(v, 10), 0x80008000u, even);
-        odd = blend((vu)_mm512_slli_epi16(v, 2), 0x80008000u, odd);
-      }
-    } else {
-      constexpr uint32_t mask = (0x8000 | 0x7f << (7 - M)) * 0x10001u;
-      constexpr uint32_t base = (SmallFloat<E>::kBase << 7) * 0x10001u;
-      constexpr int exponent = ((1 << E) - 1) << M;
-      v = _mm512_slli_epi32(v, kUp);
-      const __m512i low = _mm512_slli_epi16(v, 8);
-      even = blend((vu)_mm512_srai_epi16(low, M + 1), mask, vu{} + base);
-      odd = blend((vu)_mm512_srai_epi16(v, M + 1), mask, vu{} + base);
-      if (__builtin_expect(_mm512_testn_epi8_mask(v, _mm512_set1_epi8(exponent)), 0)) {
-        const __mmask32 first = _mm512_testn_epi16_mask(v, _mm512_set1_epi16(exponent));
-        const __mmask32 second = _mm512_testn_epi16_mask(v, _mm512_set1_epi16(exponent << 8));
-        even = subnormal(even, first, v);
-        odd = subnormal(odd, second, _mm512_srli_epi16(v, 8));
-      }
-    }
-  }
-
-  // In the lanes of `where`: the sign of `value` and the magnitude of mantissa v.
-  INLINE vu subnormal(vu value, __mmask32 where, __m512i v) const {
-    const vu magnitude = (vu)_mm512_permutexvar_epi16(v, table);
-    return (vu)_mm512_mask_mov_epi16((__m512i)value, where,
-                                     (__m512i)blend(value, 0x80008000u, magnitude));
-  }
-};
-
 constexpr int64_t kChunk = 2 * kBlock;      // columns that are widened at a time, of two tiles
 constexpr int64_t kBlockBytes = kBlock * 32;  // of a block of one tile, in bf16
 
@@ -241,13 +188,8 @@ static void product(const Coded& c, int64_t t0, int64_t t1) {
 }
 
 void half_tiles(const Coded& c, int64_t t0, int64_t t1) {
-  unrolled<3, 9>([&](auto bits) {
-    unrolled<2, 6>([&](auto e) {
-      if constexpr (e.value + 2 <= bits.value)
-        if (c.bits == bits.value && c.exponent_bits == e.value)
-          product<bits.value, e.value>(c, t0, t1);
-    });
-  });
+  if (c.a.m == 1) return avx512bf16::half_tiles(c, t0, t1);
+  each_small_float(c, [&](auto bits, auto e) { product<bits.value, e.value>(c, t0, t1); });
 }
 
 constexpr int64_t kColumns = 32;  // of bf16, a row of a tile

@@ -112,9 +112,9 @@ struct Value {
 // The 32 columns of a block as fp32 values: column i of row r at out[16 i + r].
 struct Decoder {
   void (*block)(const Coded&, const uint32_t* words, const uint32_t* positions, float* out);
-  // sums [16] += the block times one row of x: nothing passes through memory
-  void (*dot)(const Coded&, const uint32_t* words, const uint32_t* positions, const float* x,
-              float* sums);
+  // sums [16] += so many blocks times one row of x: nothing passes through memory
+  void (*dot)(const Coded&, const uint32_t* words, const uint32_t* positions, int64_t blocks,
+              const float* x, float* sums);
   float factor;
 };
 
@@ -136,16 +136,23 @@ INLINE void add_to(float* sums, int p, vf a, vf b, vf c, vf d) {
   store(sums + p * kLanes, load<vf>(sums + p * kLanes) + ((a + b) + (c + d)));
 }
 
+// The codes that are read next but a few.
+INLINE void ask(const uint32_t* words, int lines) {
+  constexpr int kAhead = 2048 / 4;
+  UNROLL
+  for (int i = 0; i < lines; i++) prefetch(words + kAhead + i * 16);
+}
+
 #if defined(__AVX512F__)
 // `dot` of 8-bit floats, E < 5: a byte shifted to the top of 16 bits, its exponent then right by
 // 5 - E, is an fp16 number off by a power of two, subnormals too. Two columns of each row lie side
 // by side in the lanes of 16 bits, so the lanes of an accumulator alternate between two columns.
 template <int E>
-INLINE void dot_float8(const uint32_t* words, const float* x, float* sums) {
+INLINE void dot_float8(const uint32_t* words, int64_t blocks, const float* x, float* sums) {
   const __m512i mask = _mm512_set1_epi16(int16_t(0x8000 | 0x7F00 >> (5 - E)));
   __m512 acc[2][2] = {};  // [columns 0 and 2, 1 and 3][rows 0 to 7, 8 to 15]
-  UNROLL
-  for (int word = 0; word < kBlock / 4; word++) {
+  for (int64_t word = 0; word < blocks * (kBlock / 4); word++) {
+    ask(words + word * 16, 1);
     const __m512i v = _mm512_loadu_si512(words + word * 16);
     const __m512 four = _mm512_broadcast_f32x4(_mm_loadu_ps(x + 4 * word));
     const __m512 columns[] = {_mm512_permute_ps(four, 0x88), _mm512_permute_ps(four, 0xDD)};
@@ -169,19 +176,21 @@ INLINE void dot_float8(const uint32_t* words, const float* x, float* sums) {
 #endif
 
 template <Kind kind, int Bits, int E = 0>
-static void dot(const Coded& c, const uint32_t* words, const uint32_t*, const float* x,
-                float* sums) {
+static void dot(const Coded& c, const uint32_t* words, const uint32_t*, int64_t blocks,
+                const float* x, float* sums) {
 #if defined(__AVX512F__)
-  if constexpr (kind == kFloat && Bits == 8 && E < 5) return dot_float8<E>(words, x, sums);
+  if constexpr (kind == kFloat && Bits == 8 && E < 5) return dot_float8<E>(words, blocks, x, sums);
 #endif
   const Value<kind, Bits, E> value(c);
-  for (int p = 0; p < kParts; p++) {
-    vf acc[4] = {};
-    unrolled<0, kBlock>([&](auto i) __attribute__((always_inline)) {
-      acc[i.value % 4] += value.template at<i.value>(words, p) * x[i.value];
-    });
-    add_to(sums, p, acc[0], acc[1], acc[2], acc[3]);
+  vf acc[kParts][4] = {};
+  for (int64_t b = 0; b < blocks; b++, words += Bits * 16, x += kBlock) {
+    ask(words, Bits);
+    for (int p = 0; p < kParts; p++)
+      unrolled<0, kBlock>([&](auto i) __attribute__((always_inline)) {
+        acc[p][i.value % 4] += value.template at<i.value>(words, p) * x[i.value];
+      });
   }
+  for (int p = 0; p < kParts; p++) add_to(sums, p, acc[p][0], acc[p][1], acc[p][2], acc[p][3]);
 }
 
 // Of each 4 columns 2 are kept: 4-bit codes 2 q, 2 q + 1 and positions of 2 bits each.
@@ -218,19 +227,23 @@ INLINE vf pick4(const float* x, vu v) {
 }
 
 static void dot_sparse(const Coded& c, const uint32_t* words, const uint32_t* positions,
-                       const float* x, float* sums) {
+                       int64_t blocks, const float* x, float* sums) {
   const Value<kInteger, 4> value(c);
-  for (int p = 0; p < kParts; p++) {
-    vf acc[4] = {};
-    const vu where = load<vu>(positions + p * kLanes);
-    unrolled<0, kBlock / 4>([&](auto q) __attribute__((always_inline)) {
-      constexpr int i = 2 * q.value;
-      const float* four = x + 4 * q.value;
-      acc[i % 4] += value.at<i>(words, p) * pick4(four, where >> (2 * i));
-      acc[i % 4 + 1] += value.at<i + 1>(words, p) * pick4(four, where >> (2 * i + 2));
-    });
-    add_to(sums, p, acc[0], acc[1], acc[2], acc[3]);
+  vf acc[kParts][4] = {};
+  for (int64_t b = 0; b < blocks; b++, words += 2 * 16, positions += 16, x += kBlock) {
+    ask(words, 2);
+    ask(positions, 1);
+    for (int p = 0; p < kParts; p++) {
+      const vu where = load<vu>(positions + p * kLanes);
+      unrolled<0, kBlock / 4>([&](auto q) __attribute__((always_inline)) {
+        constexpr int i = 2 * q.value;
+        const float* four = x + 4 * q.value;
+        acc[p][i % 4] += value.at<i>(words, p) * pick4(four, where >> (2 * i));
+        acc[p][i % 4 + 1] += value.at<i + 1>(words, p) * pick4(four, where >> (2 * i + 2));
+      });
+    }
   }
+  for (int p = 0; p < kParts; p++) add_to(sums, p, acc[p][0], acc[p][1], acc[p][2], acc[p][3]);
 }
 
 template <Kind kind, int Bits, int E = 0>
@@ -295,12 +308,13 @@ void coded_tiles(const Coded& c, int64_t tile0, int64_t tile1) {
     for (int64_t g = 0; g < a.groups; g++) {
       const int64_t end = min((g + 1) * a.group, a.kpad);
       memset(dots, 0, a.m * 64);
-      for (int64_t k = g * a.group; k < end; k += kBlock) {
-        if (a.m == 1) {
-          f.dot(c, tile.codes + k / kBlock * Tile::words(c) * 16,
-                tile.positions ? tile.positions + k / kBlock * 16 : nullptr, a.x + k, dots);
-          continue;
-        }
+      if (a.m == 1) {
+        const int64_t at = g * a.group / kBlock;
+        f.dot(c, tile.codes + at * Tile::words(c) * 16,
+              tile.positions ? tile.positions + at * 16 : nullptr, (end + kBlock - 1) / kBlock - at,
+              a.x + g * a.group, dots);
+      }
+      for (int64_t k = g * a.group; a.m > 1 && k < end; k += kBlock) {
         decode(c, f, tile, k / kBlock, block);
         int64_t m = 0;
         for (; m + 4 <= a.m; m += 4)

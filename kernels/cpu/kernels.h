@@ -102,7 +102,7 @@ struct Kernels {
   // of planes, x in pairs of int8; null where coded_tiles is as fast
   void (*plane_pairs)(const Coded&, int64_t tile0, int64_t tile1);
   // of small floats, a group a row, x [m, kpad] in bf16, of each four columns the middle two swapped;
-  // null where there is no AMX
+  // null without AVX-512 BF16
   void (*half_tiles)(const Coded&, int64_t tile0, int64_t tile1);
   // fp32 weights of whole blocks of 32 columns k0 .. k1, column k of row r of tile t at
   // out[(k - k0) * stride + 16 (t - tile0) + r]

@@ -9,6 +9,7 @@ namespace avx512 { extern const Kernels kernels; }
 namespace avx512bf16 {
 decltype(CPU_LEVEL::widen_rows) widen_rows;
 decltype(CPU_LEVEL::float_rows) float_rows;
+decltype(CPU_LEVEL::half_tiles) half_tiles;
 }  // namespace avx512bf16
 
 namespace CPU_LEVEL {
@@ -17,6 +18,7 @@ static Kernels with_products() {
   all.name = STRING(CPU_LEVEL);
   all.widen_rows = avx512bf16::widen_rows;
   all.float_rows = avx512bf16::float_rows;
+  all.half_tiles = avx512bf16::half_tiles;
 #if defined(__AMX_TILE__)
   all.widen_rows = widen_rows;
   all.float_rows = float_rows;
