@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from kernels import native
 from kernels.choice import load_triton, triton_on
 
-MOST_ROWS = 16  # B * T of a step of Triton kernels; the C++ operator says itself how many it takes
+# B * T of a step of Triton kernels, and of an evaluation that runs as decoding does. The C++
+# operator says itself how many rows it takes.
+MOST_ROWS = 16
 
 
 def plan_decode(model: nn.Module) -> Tensor | None:
