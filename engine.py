@@ -367,7 +367,8 @@ class Engine:
         if total > self.length:
             raise UserError(
                 f"a prompt of {total - max_new_tokens} tokens and {max_new_tokens} new ones do not "
-                f"fit a context of {self.length}; shorten the prompt or raise --cache_size"
+                f"fit a context of {self.length}; shorten the prompt or raise --cache_size "
+                "(a package has that of its export)"
             )
 
     def _shared_prefix(self, prompt: list[int]) -> int:

@@ -180,9 +180,10 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add_model_arguments(parser)
     add("--text", type=Path, help="plain text to score; default: the project's own")
-    add("--seq_length", type=int, default=2048, help="tokens of a window")
-    add("--rows", type=int, default=ROWS,
-        help="tokens of a forward pass over a window; up to 16 run decoding's kernels")  # fmt: skip
+    add("--seq_length", type=int, help="tokens of a window of the text; default: 2048")
+    add("--rows", type=int,
+        help="tokens of a forward pass over a window; up to 16 run decoding's kernels; "
+        f"default: {ROWS}")  # fmt: skip
     add("--limit", type=int, help="windows of the text, or examples of each task; default: all")
     add("--reference", type=Path, metavar="CHECKPOINT",
         help="report the divergence from this model, usually the unquantized one")  # fmt: skip
@@ -204,9 +205,10 @@ def run_perplexity(model: Transformer, tokenizer: Tokenizer, args: argparse.Name
     if args.reference:
         source = open_checkpoint(args.reference)
         reference = load_model(source, args.device, FLOAT_MODES.get(args.precision))
+    asked = {"seq_length": args.seq_length, "rows": args.rows}
     score = perplexity(
-        model, ids, seq_length=args.seq_length, limit=args.limit, reference=reference,
-        kv_cache=args.kv_cache, compiled=args.compile, rows=args.rows, report=progress,
+        model, ids, limit=args.limit, reference=reference, kv_cache=args.kv_cache,
+        compiled=args.compile, report=progress, **{k: v for k, v in asked.items() if v is not None},
     )  # fmt: skip
     progress("")
     print(f"{score.protocol}:\n{score.perplexity:.4f} over {score.tokens} tokens")
@@ -219,13 +221,19 @@ def run_perplexity(model: Transformer, tokenizer: Tokenizer, args: argparse.Name
     return score
 
 
+def stated(args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
+    """Which of these options the command line gives."""
+    return [name for name in names if getattr(args, name) is not None]
+
+
 def main() -> None:
     """Load the model, score the text, run the tasks, write the JSON."""
     args = parse_args()
-    if args.reference and args.tasks and not args.text:
-        raise UserError("--reference compares on a text: give --text beside --tasks")
-    others = ("include_path", "num_fewshot", "batch_size", "max_length")
-    if not args.tasks and (given := [n for n in others if getattr(args, n) is not None]):
+    of_text = ("reference", "seq_length", "rows")
+    of_tasks = ("include_path", "num_fewshot", "batch_size", "max_length")
+    if args.tasks and not args.text and (given := stated(args, of_text)):
+        raise UserError(f"--{given[0]} is of a text: give --text beside --tasks, or leave it out")
+    if not args.tasks and (given := stated(args, of_tasks)):
         raise UserError(f"--{given[0]} is of --tasks: give tasks, or leave it out")
     if args.json:
         inputs = {args.text} | open_checkpoint(args.checkpoint_path).own_files()

@@ -22,7 +22,7 @@ class Scorer:
         length: of the longest window, in tokens.
         kv_cache: "bf16" (the model's dtype) or "int8"; attention reads keys and values from it.
         compiled: run the forward pass through torch.compile.
-        rows: tokens of a forward pass, of all windows together; up to 16 run as decoding does.
+        rows: tokens of a forward pass, of all windows together; up to MOST_ROWS run as in decoding.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Scorer:
             limit = model.config.max_positions
             raise UserError(f"windows of {length} tokens do not fit the model's context of {limit}")
         self.batch, self.device = batch, model.tok_embeddings.weight.device
-        least = min(rows, 16)
+        least = min(rows, MOST_ROWS)
         self.chunk = min(max(rows // batch, least), -(-length // least) * least)
         self.slots = -(-length // self.chunk) * self.chunk
         self.model, self.own_cache = model, model.setup_cache(batch, self.slots, kv_cache)

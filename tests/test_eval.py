@@ -159,6 +159,9 @@ def test_command_line(tiny, tmp_path):
         (["--quantization", "int9"], "unknown mode"),
         (["--max_length", "64"], "--max_length is of --tasks"),
         (["--batch_size", "4"], "--batch_size is of --tasks"),
+        (["--tasks", "wikitext", "--seq_length", "64"], "--seq_length is of a text"),
+        (["--tasks", "wikitext", "--rows", "16"], "--rows is of a text"),
+        (["--tasks", "wikitext", "--reference", "absent"], "--reference is of a text"),
         (["--threads", "100000"], "--threads 100000: take 1 to"),
     ],
 )
