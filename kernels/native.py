@@ -35,8 +35,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx512bf16"] = [*LEVELS["avx512"], "-mavx512bf16"]
     LEVELS["amx"] = [*LEVELS["avx512bf16"], "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 # What these levels have of their own; the rest is of the levels below.
-FILES = {"avx512bf16": ("float", "halves", "level"), "amx": ("amx", "amx_few", "level")}
-THEIRS_ALONE = ("halves", "amx", "amx_few")
+FILES = {"avx512bf16": ("float", "halves", "level"), "amx": ("amx", "amx_few", "amx_int4dq", "level")}
+THEIRS_ALONE = ("halves", "amx", "amx_few", "amx_int4dq")
 FLAGS = ["-std=c++20", "-fPIC", "-fopenmp", "-w"]
 
 _loaded: bool | None = None  # None: not tried yet

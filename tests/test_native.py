@@ -242,12 +242,12 @@ def test_extreme_inputs(level, m):
         close(ops.int8dq_linear(x, tiles, ones, None, n, k), want * kept, x.dtype)
 
 
-@pytest.mark.parametrize("m", [1, 3, 6, 17, 31])
+@pytest.mark.parametrize("m", [1, 3, 6, 17, 31, 530])
 @pytest.mark.parametrize("name,groupsize", [("int8dq-int4", 32), ("int8dq-int4", 128),
-                                            ("w4a8", 0), ("w4a8", 64)])  # fmt: skip
+                                            ("w4a8", 0), ("w4a8", 32), ("w4a8", 64)])  # fmt: skip
 def test_4_bit_codes_times_bytes(level, name, groupsize, m):
     """Rows longer than what is rounded at a time, too; w4a8, all integers, to the last bit."""
-    for n, k in ((35, 203), (16, 2080), (7, 5)):
+    for n, k in ((35, 203), (16, 2080), (37, 1216), (7, 5)):
         x, bias, generator = make(m, n, k, torch.float32)
         w, cls = torch.randn(n, k, generator=generator), FORMATS[name]
         grid = cls(k, n, dtype=x.dtype, groupsize=groupsize).grid()

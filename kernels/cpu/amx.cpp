@@ -16,60 +16,6 @@ decltype(CPU_LEVEL::coded_widen) coded_widen;
 
 namespace CPU_LEVEL {
 
-constexpr int64_t kSide = 16, kWidth = 2 * kSide;  // rows of a tile; outputs at a time
-constexpr int64_t kStepBytes = 64;                 // of a row of x: 32 bf16 or 64 int8 columns
-
-enum class Weight { bytes, bf16, two_bf16 };  // bytes: unsigned, times signed ones of x
-
-// sums [16 R, kWidth] = x [16 R, steps * 64 bytes] times two columns of the weight's tiles, which lie
-// w_apart bytes apart; added to what is in sums unless `fresh`. Of two_bf16 the second numbers lie
-// behind the first ones of both columns.
-template <int R, Weight kind>
-INLINE void multiply(const char* x, int64_t x_stride, const char* w, int64_t w_apart, int64_t steps,
-                     bool fresh, void* sums) {
-  char *low = (char*)sums, *high = low + kSide * kWidth * 4;
-  constexpr int64_t kStride = kWidth * 4;
-  if (fresh) {
-    zero_sums();
-  } else {
-    TILE_LOAD(0, low, kStride);
-    TILE_LOAD(1, low + 64, kStride);
-    if (R == 2) TILE_LOAD(2, high, kStride);
-    if (R == 2) TILE_LOAD(3, high + 64, kStride);
-  }
-  for (int64_t i = 0; i < steps; i++, x += kStepBytes, w += kSide * 64) {
-    TILE_LOAD(4, x, x_stride);
-    if (R == 2) TILE_LOAD(5, x + kSide * x_stride, x_stride);
-    for (int part = 0; part < (kind == Weight::two_bf16 ? 2 : 1); part++) {
-      TILE_LOAD(6, w + part * 2 * w_apart, 64);
-      TILE_LOAD(7, w + part * 2 * w_apart + w_apart, 64);
-      if constexpr (kind == Weight::bytes) {
-        TILE_DOT("tdpbsud", 0, 4, 6);
-        TILE_DOT("tdpbsud", 1, 4, 7);
-        if (R == 2) TILE_DOT("tdpbsud", 2, 5, 6);
-        if (R == 2) TILE_DOT("tdpbsud", 3, 5, 7);
-      } else {
-        TILE_DOT("tdpbf16ps", 0, 4, 6);
-        TILE_DOT("tdpbf16ps", 1, 4, 7);
-        if (R == 2) TILE_DOT("tdpbf16ps", 2, 5, 6);
-        if (R == 2) TILE_DOT("tdpbf16ps", 3, 5, 7);
-      }
-    }
-  }
-  TILE_STORE(0, low, kStride);
-  TILE_STORE(1, low + 64, kStride);
-  if (R == 2) TILE_STORE(2, high, kStride);
-  if (R == 2) TILE_STORE(3, high + 64, kStride);
-}
-
-// f(Int<R>, row) over rows [m0, m1), 32 or 16 at a time; returns the first that is left over.
-template <class F>
-INLINE int64_t whole_rows(int64_t m0, int64_t m1, const F& f) {
-  for (; m0 + kWidth <= m1; m0 += kWidth) f(Int<2>{}, m0);
-  for (; m0 + kSide <= m1; m0 += kSide) f(Int<1>{}, m0);
-  return m0;
-}
-
 // Columns k0 .. k0 + depth of two tiles as bf16: of each tile two neighbouring columns of 16 outputs
 // in 64 bytes. Of two_bf16 then what the first numbers lack.
 template <Weight kind>
@@ -114,9 +60,9 @@ static void panels_as(const Coded& c, Format format, int64_t p0, int64_t p1) {
         const int64_t depth = min(kDepth, columns - k0);
         widen_panel<kind>(c, format, p * 2, k0, depth, panel);
         const char* x = (const char*)a.x + (m0 * columns + k0) * 2;
-        whole_rows(0, (rows + 15) / 16 * 16, [&](auto count, int64_t r) {
-          multiply<count.value, kind>(x + r * columns * 2, columns * 2, (const char*)panel,
-                                      depth * 32, depth / 32, k0 == 0, sums + r * kWidth);
+        groups_of_rows(rows, [&](auto count, int64_t r) {
+          multiply_tiles<count.value, kind>(x + r * columns * 2, columns * 2, (const char*)panel,
+                                            depth * 32, depth / 32, k0 == 0, sums + r * kWidth);
         });
       }
       for (int64_t r = 0; r < rows; r++)
@@ -133,28 +79,26 @@ void bf16_panels(const Coded& c, Format format, int64_t p0, int64_t p1) {
   else panels_as<Weight::two_bf16>(c, format, p0, p1);
 }
 
-void int8_tiles(const Linear& a, int64_t t0, int64_t t1, int64_t m0, int64_t m1) {
+void int8_tiles(const Linear& a, int64_t t0, int64_t t1) {
+  constexpr int64_t kStep = 64;
+  if (a.m < kFewest || a.kpad % kStep) return avx512::kernels.int8_tiles(a, t0, t1);
   const int64_t stride = a.kpad * 16;  // bytes of a tile
-  int64_t done = m0;
-  if (a.kpad % kStepBytes == 0 && m1 - m0 >= kSide) {
-    alignas(64) int32_t sums[kWidth * kWidth];
-    const Tiles tiles;
-    for (int64_t t = t0; t < t1; t += 2) {
-      const int64_t count = min(2, t1 - t);
-      done = whole_rows(m0, m1, [&](auto rows, int64_t r) {
-        multiply<rows.value, Weight::bytes>((const char*)a.xq + r * a.kpad, a.kpad,
-                                             (const char*)a.w + t * stride, (count - 1) * stride,
-                                             a.kpad / kStepBytes, true, sums);
-        for (int64_t i = 0; i < rows.value * kSide; i++)
-          for (int64_t j = 0; j < count; j++) {
-            const vi dots = load<vi>(sums + i * kWidth + j * 16) + a.offset[r + i];
-            const vf line = to_float(dots) * a.xs[r + i];
-            finish(a, r + i, (t + j) * 16, &line);
-          }
-      });
-    }
+  alignas(64) int32_t sums[kWidth * kWidth];
+  const Tiles tiles(min(a.m, kSide));
+  for (int64_t t = t0; t < t1; t += 2) {
+    const int64_t count = min(2, t1 - t);
+    groups_of_rows(a.m, [&](auto rows, int64_t r) {
+      multiply_tiles<rows.value, Weight::unsigned_bytes>(
+          (const char*)a.xq + r * a.kpad, a.kpad, (const char*)a.w + t * stride,
+          (count - 1) * stride, a.kpad / kStep, true, sums);
+      for (int64_t i = 0; i < min(rows.value * kSide, a.m - r); i++)
+        for (int64_t j = 0; j < count; j++) {
+          const vi dots = load<vi>(sums + i * kWidth + j * 16) + a.offset[r + i];
+          const vf line = to_float(dots) * a.xs[r + i];
+          finish(a, r + i, (t + j) * 16, &line);
+        }
+    });
   }
-  if (done < m1) avx512::kernels.int8_tiles(a, t0, t1, done, m1);
 }
 
 }  // namespace CPU_LEVEL

@@ -53,4 +53,63 @@ struct Tiles {
   ~Tiles() { asm volatile("tilerelease" ::: "memory"); }
 };
 
+constexpr int64_t kFewest = 5;  // fewer rows of x meet the weight as fast without AMX
+constexpr int64_t kSide = 16, kWidth = 2 * kSide;  // rows of a tile; outputs at a time
+
+enum class Weight { unsigned_bytes, signed_bytes, bf16, two_bf16 };  // bytes: times x of the other kind
+
+// sums [16 R, kWidth] = x [16 R, steps * kStep bytes] times two columns of the weight's tiles, which lie
+// w_apart bytes apart; added to what is in sums unless `fresh`. Of two_bf16 the second numbers lie
+// behind the first ones of both columns.
+template <int R, Weight kind, int kStep = 64>
+INLINE void multiply_tiles(const char* x, int64_t x_stride, const char* w, int64_t w_apart,
+                           int64_t steps, bool fresh, void* sums) {
+  char *low = (char*)sums, *high = low + kSide * kWidth * 4;
+  constexpr int64_t kStride = kWidth * 4;
+  if (fresh) {
+    zero_sums();
+  } else {
+    TILE_LOAD(0, low, kStride);
+    TILE_LOAD(1, low + 64, kStride);
+    if (R == 2) TILE_LOAD(2, high, kStride);
+    if (R == 2) TILE_LOAD(3, high + 64, kStride);
+  }
+  for (int64_t i = 0; i < steps; i++, x += kStep, w += kSide * kStep) {
+    TILE_LOAD(4, x, x_stride);
+    if (R == 2) TILE_LOAD(5, x + kSide * x_stride, x_stride);
+    for (int part = 0; part < (kind == Weight::two_bf16 ? 2 : 1); part++) {
+      TILE_LOAD(6, w + part * 2 * w_apart, 64);
+      TILE_LOAD(7, w + part * 2 * w_apart + w_apart, 64);
+      if constexpr (kind == Weight::unsigned_bytes) {
+        TILE_DOT("tdpbsud", 0, 4, 6);
+        TILE_DOT("tdpbsud", 1, 4, 7);
+        if (R == 2) TILE_DOT("tdpbsud", 2, 5, 6);
+        if (R == 2) TILE_DOT("tdpbsud", 3, 5, 7);
+      } else if constexpr (kind == Weight::signed_bytes) {
+        TILE_DOT("tdpbusd", 0, 4, 6);
+        TILE_DOT("tdpbusd", 1, 4, 7);
+        if (R == 2) TILE_DOT("tdpbusd", 2, 5, 6);
+        if (R == 2) TILE_DOT("tdpbusd", 3, 5, 7);
+      } else {
+        TILE_DOT("tdpbf16ps", 0, 4, 6);
+        TILE_DOT("tdpbf16ps", 1, 4, 7);
+        if (R == 2) TILE_DOT("tdpbf16ps", 2, 5, 6);
+        if (R == 2) TILE_DOT("tdpbf16ps", 3, 5, 7);
+      }
+    }
+  }
+  TILE_STORE(0, low, kStride);
+  TILE_STORE(1, low + 64, kStride);
+  if (R == 2) TILE_STORE(2, high, kStride);
+  if (R == 2) TILE_STORE(3, high + 64, kStride);
+}
+
+// f(Int<R>, row) over the rows of x, 32 or 16 at a time: of the last ones some may be past m.
+template <class F>
+INLINE void groups_of_rows(int64_t m, const F& f) {
+  int64_t row = 0;
+  for (; row + kSide < m; row += kWidth) f(Int<2>{}, row);
+  if (row < m) f(Int<1>{}, row);
+}
+
 }  // namespace CPU_LEVEL

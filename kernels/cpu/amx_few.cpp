@@ -20,8 +20,6 @@ decltype(CPU_LEVEL::half_tiles) half_tiles;
 
 namespace CPU_LEVEL {
 
-constexpr int64_t kFewest = 5;  // fewer rows of x meet the weight as fast without AMX
-
 // sums [16, 16] += the integers dots [m, 16], plus what block b's zero code takes, times its scales.
 INLINE void scale_block(const Linear& a, int64_t b, const int32_t (&dots)[2][256], bool pairs,
                         vf scale, float* sums) {
@@ -72,9 +70,9 @@ void int8_pairs(const Linear& a, int64_t t0, int64_t t1) {
   }
 }
 
-void int4_tiles(const Linear& a, int64_t t0, int64_t t1, int64_t m0, int64_t m1) {
-  if (a.m < kFewest || a.m > kFewRows || m0 || m1 < a.m || a.kpad % a.block)
-    return avx512::kernels.int4_tiles(a, t0, t1, m0, m1);
+void int4_tiles(const Linear& a, int64_t t0, int64_t t1) {
+  if (a.m < kFewest || a.m > kFewRows || a.kpad % a.block)
+    return avx512::kernels.int4_tiles(a, t0, t1);
   const int64_t stride = int4_tile_bytes(a);
   alignas(64) static thread_local uint8_t codes[2][2][64 * 16];  // of two blocks, two tiles
   alignas(64) int32_t dots[2][2][256];

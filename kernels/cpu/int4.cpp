@@ -166,10 +166,10 @@ static void unpack(const Linear& a, int64_t tile, uint8_t* out) {
     }
 }
 
-void int4_tiles(const Linear& a, int64_t t0, int64_t t1, int64_t m0, int64_t m1) {
+void int4_tiles(const Linear& a, int64_t t0, int64_t t1) {
   constexpr int64_t kMost = 16384;  // columns whose bytes, 512 KiB for two tiles, fit any stack
-  if (m1 - m0 < 4 * kRows || a.kpad > kMost) {
-    each_tile<kRows>(t0, t1, m0, m1, [&](auto m, auto t, int64_t tile, int64_t row) {
+  if (a.m < 4 * kRows || a.kpad > kMost) {
+    each_tile<kRows>(t0, t1, 0, a.m, [&](auto m, auto t, int64_t tile, int64_t row) {
       quantized<m.value, t.value, false>(a, tile, row, nullptr);
     });
     return;
@@ -178,7 +178,7 @@ void int4_tiles(const Linear& a, int64_t t0, int64_t t1, int64_t m0, int64_t m1)
   for (; t0 < t1; t0 += kTiles) {
     const int64_t end = min(t0 + kTiles, t1);
     for (int64_t t = t0; t < end; t++) unpack(a, t, bytes + (t - t0) * a.kpad * 16);
-    each_tile<kRows>(t0, end, m0, m1, [&](auto m, auto t, int64_t tile, int64_t row) {
+    each_tile<kRows>(t0, end, 0, a.m, [&](auto m, auto t, int64_t tile, int64_t row) {
       quantized<m.value, t.value, true>(a, tile, row, bytes + (tile - t0) * a.kpad * 16);
     });
   }

@@ -216,8 +216,8 @@ static void exact(const Linear& a, int64_t tile, int64_t m0) {
     }
 }
 
-void int8_tiles(const Linear& a, int64_t t0, int64_t t1, int64_t m0, int64_t m1) {
-  each_tile<kRows>(t0, t1, m0, m1, [&](auto m, auto t, int64_t tile, int64_t row) {
+void int8_tiles(const Linear& a, int64_t t0, int64_t t1) {
+  each_tile<kRows>(t0, t1, 0, a.m, [&](auto m, auto t, int64_t tile, int64_t row) {
     quantized<m.value, t.value, false>(a, tile, row);
   });
 }

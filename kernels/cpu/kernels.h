@@ -14,7 +14,8 @@ struct Linear {
   const void* w;           // rows (float) or tiles (int8, int4)
   const float* x;          // fp32 [m, kpad]; else as widen_rows, bf16_panels, half_tiles say
   const float* group_sum;  // [groups, m] sum of x over each group of w
-  const int8_t* xq;        // [m, kpad] codes of x; of pairs: the high ones, then the low ones
+  const int8_t* xq;        // [m, kpad] codes of x, with room for whole 16 rows where they are more; of
+                           // pairs: the high ones, then the low ones
   const float* xs;         // [blocks, m] their scales
   const int32_t* offset;   // [blocks, m] minus the zero code of w times the sum of the codes of x;
                            // of unsigned codes: what to add to them, [m]
@@ -83,11 +84,11 @@ struct Kernels {
   void (*widen_rows)(const void* x, Type, int64_t m, int64_t k, int64_t kpad, bool paired, float*);
   void (*quantize_rows)(const void* x, const Linear&, const Quantized&, int64_t m0, int64_t m1);
   void (*float_rows)(const Linear&, int64_t n0, int64_t n1);
-  void (*int8_tiles)(const Linear&, int64_t tile0, int64_t tile1, int64_t m0, int64_t m1);
+  void (*int8_tiles)(const Linear&, int64_t tile0, int64_t tile1);
   void (*int8_exact)(const Linear&, int64_t tile0, int64_t tile1);
   // x in pairs of int8; null where int8_exact is as fast
   void (*int8_pairs)(const Linear&, int64_t tile0, int64_t tile1);
-  void (*int4_tiles)(const Linear&, int64_t tile0, int64_t tile1, int64_t m0, int64_t m1);
+  void (*int4_tiles)(const Linear&, int64_t tile0, int64_t tile1);
   void (*int4_exact)(const Linear&, int64_t tile0, int64_t tile1);
   void (*int4dq_tiles)(const Linear&, int64_t tile0, int64_t tile1);  // a.scales: nested
   // panels of 32 outputs, many rows; scratch: kPanelWidth (kPanelDepth + m) floats

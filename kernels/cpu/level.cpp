@@ -25,6 +25,7 @@ static Kernels with_products() {
   all.int8_tiles = int8_tiles;
   all.int8_pairs = int8_pairs;
   all.int4_tiles = int4_tiles;
+  all.int4dq_tiles = int4dq_tiles;
   all.bf16_panels = bf16_panels;
   all.half_tiles = half_tiles;
 #endif

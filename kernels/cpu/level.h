@@ -7,12 +7,12 @@ void widen_rows(const void*, Type, int64_t m, int64_t k, int64_t kpad, bool pair
 void quantize_rows(const void* x, const Linear&, const Quantized&, int64_t m0, int64_t m1);
 void float_rows(const Linear&, int64_t n0, int64_t n1);
 void unsigned_rows(const void* x, const Linear&, const Quantized&, int64_t m0, int64_t m1);
-void int8_tiles(const Linear&, int64_t tile0, int64_t tile1, int64_t m0, int64_t m1);
+void int8_tiles(const Linear&, int64_t tile0, int64_t tile1);
 void int8_exact(const Linear&, int64_t tile0, int64_t tile1);
 void int8_pairs(const Linear&, int64_t tile0, int64_t tile1);
 // columns k0 .. k1 of a tile as fp32, 16 outputs at out[(k - k0) * kPanelWidth]
 void int8_panel(const Linear&, int64_t tile, int64_t k0, int64_t k1, float* out);
-void int4_tiles(const Linear&, int64_t tile0, int64_t tile1, int64_t m0, int64_t m1);
+void int4_tiles(const Linear&, int64_t tile0, int64_t tile1);
 void int4_exact(const Linear&, int64_t tile0, int64_t tile1);
 void int4dq_tiles(const Linear&, int64_t tile0, int64_t tile1);
 void int4_panel(const Linear&, int64_t tile, int64_t k0, int64_t k1, float* out);

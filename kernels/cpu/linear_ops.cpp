@@ -60,8 +60,9 @@ void with_quantized(Call& call, int32_t zero_code, Rounding rounding, bool group
   a.blocks = std::max<int64_t>(div_up(a.kpad, a.block), 1);
   const int64_t codes = rounding == Rounding::pairs ? 2 * a.kpad : a.kpad;
   int64_t per_row = Scratch::round_up(codes) + Scratch::round_up(a.blocks * 8) + a.groups * 4 + 64;
-  Scratch scratch(a.m * per_row + 256);
-  Quantized q{scratch.take<int8_t>(a.m * codes), scratch.take<float>(a.m * a.blocks),
+  const int64_t rows = a.m > 16 ? div_up(a.m, 16) * 16 : a.m;
+  Scratch scratch(rows * per_row + 256);
+  Quantized q{scratch.take<int8_t>(rows * codes), scratch.take<float>(a.m * a.blocks),
               scratch.take<int32_t>(a.m * a.blocks), nullptr, zero_code, rounding};
   if (group_sums) q.group_sum = scratch.take<float>(a.m * a.groups);
   const void* x = call.x.const_data_ptr();
@@ -141,7 +142,7 @@ Tensor int8dq_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales,
   a.block = std::max<int64_t>(a.kpad, 4);
   with_quantized(call, 128, Rounding::token, false, [&] {
     call.over_tiles(int8_tile_bytes(k),
-                    [&](int64_t i, int64_t j) { kernels().int8_tiles(a, i, j, 0, a.m); });
+                    [&](int64_t i, int64_t j) { kernels().int8_tiles(a, i, j); });
   });
   return call.y;
 }
@@ -197,7 +198,7 @@ Tensor int4_linear(const Tensor& x, const Tensor& tiles, OptTensor bias, int64_t
   for (a.block = std::min<int64_t>(group, 64); group % a.block; a.block -= 8) {}
   if (!exact && !(a.m >= kManyRows && k > 0 && call.has_bf16_panels())) {
     with_quantized(call, 8, Rounding::blocks, true, [&] {
-      call.over_tiles(bytes, [&](int64_t i, int64_t j) { kernels().int4_tiles(a, i, j, 0, a.m); });
+      call.over_tiles(bytes, [&](int64_t i, int64_t j) { kernels().int4_tiles(a, i, j); });
     });
   } else if (a.m <= kFewRows || k == 0) {
     with_wide(call, 1, [&] {

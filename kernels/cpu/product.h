@@ -206,8 +206,8 @@ struct Product {
       coded_product(own, how_meets(c, activations, exact), first * 2, end);
     else if (kind == Kind::int4dq) k.int4dq_tiles(a, first * 2, end);
     else if (kind == Kind::int4 && takes_fp32()) k.int4_exact(a, first * 2, end);
-    else if (kind == Kind::int4) k.int4_tiles(a, first * 2, end, 0, a.m);
-    else if (kind == Kind::int8dq) k.int8_tiles(a, first * 2, end, 0, a.m);
+    else if (kind == Kind::int4) k.int4_tiles(a, first * 2, end);
+    else if (kind == Kind::int8dq) k.int8_tiles(a, first * 2, end);
     else if (takes_fp32()) k.int8_exact(a, first * 2, end);
     else k.int8_pairs(a, first * 2, end);
   }
