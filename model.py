@@ -352,7 +352,8 @@ class Transformer(nn.Module):
         if self.fused(tokens.numel()):
             return decode(self.plan, tokens, self.tok_embeddings.weight, start, last)
         if self.step_number is not None and tokens.numel() <= MOST_ROWS:
-            return decode_step(self.step_number, tokens, start, last)
+            table = self.tok_embeddings.weight
+            return decode_step(self.step_number, table, tokens, start, last)
         position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # [B, T]
         cos, sin = self.rope(position)
         x = self.tok_embeddings(tokens)  # [B, T, C]

@@ -79,6 +79,9 @@ def make_step(model: nn.Module) -> tuple[int, object] | None:
     return make_step(model)
 
 
-def decode_step(number: int, tokens: Tensor, start: Tensor, last: Tensor | None = None) -> Tensor:
+def decode_step(
+    number: int, embedding: Tensor, tokens: Tensor, start: Tensor, last: Tensor | None = None
+) -> Tensor:
     """As `Transformer.forward`, for B T <= MOST_ROWS tokens. No position is checked."""
-    return torch.ops.flatllama.triton_decode(number, tokens, start, last)
+    vocab_size, dtype = embedding.shape[0], embedding.dtype
+    return torch.ops.flatllama.triton_decode(number, vocab_size, dtype, tokens, start, last)

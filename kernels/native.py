@@ -35,8 +35,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx512bf16"] = [*LEVELS["avx512"], "-mavx512bf16"]
     LEVELS["amx"] = [*LEVELS["avx512bf16"], "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 # What these levels have of their own; the rest is of the levels below.
-FILES = {"avx512bf16": ("float", "halves", "level"), "amx": ("amx", "amx_few", "amx_int4dq", "level")}
-THEIRS_ALONE = ("halves", "amx", "amx_few", "amx_int4dq")
+FILES = {"avx512bf16": ("float", "halves", "level"), "amx": ("amx", "amx_few", "amx_int4", "level")}
+THEIRS_ALONE = ("halves", "amx", "amx_few", "amx_int4")
 FLAGS = ["-std=c++20", "-fPIC", "-fopenmp", "-w"]
 
 _loaded: bool | None = None  # None: not tried yet
@@ -66,7 +66,7 @@ def exact_activations(flag: bool | None = None) -> bool:
     """Whether weight-only products use activations as they are; `flag` sets it.
 
     By default int4 products round activations to int8 in blocks of 64 columns (the largest divisor
-    of the group size up to 64), each with its own fp32 scale; not 128 and more rows with AMX. On
+    of the group size up to 64), each with its own fp32 scale; not 256 and more rows with AMX. On
     AVX-512 products of int8 and uint-n of up to 16 rows (128 in the operator of the whole model; of
     uint-n 31 with AMX) round bf16 and fp16 to 16 bits in blocks of at most 64.
     """

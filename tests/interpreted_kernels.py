@@ -161,10 +161,18 @@ def test_a_whole_step_is_one_graph(cache):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0.5, 0.2)
     engine = Engine(model, Sampling(top_k=5), length=16, kv_cache=cache)
-    step = torch.compile(engine._decode_step, fullgraph=True, backend="eager")
+    calls = []
+
+    def backend(graph, _):
+        calls.extend(n.args for n in graph.graph.nodes if "triton_decode" in str(n.target))
+        return graph
+
+    step = torch.compile(engine._decode_step, fullgraph=True, backend=backend)
     token, start, u = torch.tensor([[7]]), torch.tensor([3]), torch.rand(1)
     with torch.inference_mode():
         assert torch.equal(step(token, start, u), engine._decode_step(token, start, u))
+    # what torch keeps compiled code under tells this model from another of the same number
+    assert [args[1:3] for args in calls] == [(50, torch.float32)]
 
 
 def random_model(dtype, n_layers=1, **settings):

@@ -180,7 +180,7 @@ AMX_SHAPES = [(96, 576), (35, 100), (1, 1), (50, 77), (130, 1100)]  # N, K
 
 def test_weight_only_with_amx(amx_level):
     """int8 at any number of rows, int4 with the inputs as they are at many, asked for or not."""
-    for m, (n, k) in itertools.product([17, 32, 100, 128, 530], AMX_SHAPES):
+    for m, (n, k) in itertools.product([17, 32, 100, 256, 530], AMX_SHAPES):
         x, bias, generator = make(m, n, k, torch.bfloat16)
         q = torch.randint(-128, 128, (n, k), generator=generator, dtype=torch.int8)
         scales = torch.rand(n, generator=generator)
@@ -189,14 +189,14 @@ def test_weight_only_with_amx(amx_level):
         for groupsize in (32, 72):
             tiles, w = int4_weight(n, k, groupsize, generator)
             want = x.double() @ w.T + bias.double()
-            for exact in (True,) if m < 128 else (True, False):
+            for exact in (True,) if m < 256 else (True, False):
                 y = ops.int4_linear(x, tiles, bias, n, k, groupsize, exact)
                 close(y, want, x.dtype)
 
 
-@pytest.mark.parametrize("m", [4, 5, 11, 16])
+@pytest.mark.parametrize("m", [4, 5, 11, 16, 45])
 def test_few_rows_with_amx(amx_level, m):
-    """bf16, int8 in pairs, and int4 in blocks of every size."""
+    """bf16, int8 in pairs, and int4 in blocks of every size, which takes up to 255 rows so."""
     for n, k in [(96, 576), (50, 1152), (16, 64), (130, 72), (33, 100), (71, 32)]:
         x, bias, generator = make(m, n, k, torch.bfloat16)
         w = torch.randn(n, k, generator=generator).bfloat16()

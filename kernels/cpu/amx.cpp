@@ -88,7 +88,7 @@ void int8_tiles(const Linear& a, int64_t t0, int64_t t1) {
   for (int64_t t = t0; t < t1; t += 2) {
     const int64_t count = min(2, t1 - t);
     groups_of_rows(a.m, [&](auto rows, int64_t r) {
-      multiply_tiles<rows.value, Weight::unsigned_bytes>(
+      multiply_tiles<rows.value, Weight::unsigned_for_signed>(
           (const char*)a.xq + r * a.kpad, a.kpad, (const char*)a.w + t * stride,
           (count - 1) * stride, a.kpad / kStep, true, sums);
       for (int64_t i = 0; i < min(rows.value * kSide, a.m - r); i++)

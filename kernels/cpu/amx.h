@@ -56,52 +56,65 @@ struct Tiles {
 constexpr int64_t kFewest = 5;  // fewer rows of x meet the weight as fast without AMX
 constexpr int64_t kSide = 16, kWidth = 2 * kSide;  // rows of a tile; outputs at a time
 
-enum class Weight { unsigned_bytes, signed_bytes, bf16, two_bf16 };  // bytes: times x of the other kind
+// Of the weight; x is in bytes of the named kind, or in bf16.
+enum class Weight { unsigned_for_signed, signed_for_unsigned, signed_for_signed, bf16, two_bf16 };
 
-// sums [16 R, kWidth] = x [16 R, steps * kStep bytes] times two columns of the weight's tiles, which lie
+#define DOT_BOTH(op)       \
+  if (second) {            \
+    TILE_DOT(op, 2, 5, 6); \
+    TILE_DOT(op, 3, 5, 7); \
+  } else {                 \
+    TILE_DOT(op, 0, 4, 6); \
+    TILE_DOT(op, 1, 4, 7); \
+  }
+
+// Sums 0 and 1, or 2 and 3, += the first tile of x, or the second, times both of the weight.
+template <Weight kind, bool second>
+INLINE void dot_both() {
+  if constexpr (kind == Weight::unsigned_for_signed) { DOT_BOTH("tdpbsud") }
+  else if constexpr (kind == Weight::signed_for_unsigned) { DOT_BOTH("tdpbusd") }
+  else if constexpr (kind == Weight::signed_for_signed) { DOT_BOTH("tdpbssd") }
+  else { DOT_BOTH("tdpbf16ps") }
+}
+
+constexpr int64_t kSumsStride = kWidth * 4;
+
+// Sums 0 and 1 to the first 16 rows of `sums` [16 R, kWidth], 2 and 3 to the next.
+template <int R>
+INLINE void store_rows(void* sums) {
+  char *low = (char*)sums, *high = low + kSide * kSumsStride;
+  TILE_STORE(0, low, kSumsStride);
+  TILE_STORE(1, low + 64, kSumsStride);
+  if (R == 2) TILE_STORE(2, high, kSumsStride);
+  if (R == 2) TILE_STORE(3, high + 64, kSumsStride);
+}
+
+// sums [16 R, kWidth] = x [16 R, steps * step bytes] times two columns of the weight's tiles, which lie
 // w_apart bytes apart; added to what is in sums unless `fresh`. Of two_bf16 the second numbers lie
 // behind the first ones of both columns.
-template <int R, Weight kind, int kStep = 64>
+template <int R, Weight kind>
 INLINE void multiply_tiles(const char* x, int64_t x_stride, const char* w, int64_t w_apart,
-                           int64_t steps, bool fresh, void* sums) {
-  char *low = (char*)sums, *high = low + kSide * kWidth * 4;
-  constexpr int64_t kStride = kWidth * 4;
+                           int64_t steps, bool fresh, void* sums, int64_t step = 64) {
+  char *low = (char*)sums, *high = low + kSide * kSumsStride;
   if (fresh) {
     zero_sums();
   } else {
-    TILE_LOAD(0, low, kStride);
-    TILE_LOAD(1, low + 64, kStride);
-    if (R == 2) TILE_LOAD(2, high, kStride);
-    if (R == 2) TILE_LOAD(3, high + 64, kStride);
+    TILE_LOAD(0, low, kSumsStride);
+    TILE_LOAD(1, low + 64, kSumsStride);
+    if (R == 2) TILE_LOAD(2, high, kSumsStride);
+    if (R == 2) TILE_LOAD(3, high + 64, kSumsStride);
   }
-  for (int64_t i = 0; i < steps; i++, x += kStep, w += kSide * kStep) {
+  for (int64_t i = 0; i < steps; i++, x += step, w += kSide * step) {
     TILE_LOAD(4, x, x_stride);
     if (R == 2) TILE_LOAD(5, x + kSide * x_stride, x_stride);
     for (int part = 0; part < (kind == Weight::two_bf16 ? 2 : 1); part++) {
       TILE_LOAD(6, w + part * 2 * w_apart, 64);
       TILE_LOAD(7, w + part * 2 * w_apart + w_apart, 64);
-      if constexpr (kind == Weight::unsigned_bytes) {
-        TILE_DOT("tdpbsud", 0, 4, 6);
-        TILE_DOT("tdpbsud", 1, 4, 7);
-        if (R == 2) TILE_DOT("tdpbsud", 2, 5, 6);
-        if (R == 2) TILE_DOT("tdpbsud", 3, 5, 7);
-      } else if constexpr (kind == Weight::signed_bytes) {
-        TILE_DOT("tdpbusd", 0, 4, 6);
-        TILE_DOT("tdpbusd", 1, 4, 7);
-        if (R == 2) TILE_DOT("tdpbusd", 2, 5, 6);
-        if (R == 2) TILE_DOT("tdpbusd", 3, 5, 7);
-      } else {
-        TILE_DOT("tdpbf16ps", 0, 4, 6);
-        TILE_DOT("tdpbf16ps", 1, 4, 7);
-        if (R == 2) TILE_DOT("tdpbf16ps", 2, 5, 6);
-        if (R == 2) TILE_DOT("tdpbf16ps", 3, 5, 7);
-      }
+      dot_both<kind, false>();
+      if (R == 2) dot_both<kind, true>();
     }
   }
-  TILE_STORE(0, low, kStride);
-  TILE_STORE(1, low + 64, kStride);
-  if (R == 2) TILE_STORE(2, high, kStride);
-  if (R == 2) TILE_STORE(3, high + 64, kStride);
+  store_rows<R>(sums);
 }
 
 // f(Int<R>, row) over the rows of x, 32 or 16 at a time: of the last ones some may be past m.

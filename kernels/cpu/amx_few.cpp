@@ -1,7 +1,6 @@
 // Up to 16 rows of x on AMX tiles, in about the time of one: the weight streams through once.
 //
 //   int8          x in pairs of int8, codes as they lie: four columns of 16 rows are a row of AMX's B
-//   int4          x in blocks of int8, codes unpacked to bytes
 //   small floats  x in bf16, codes widened as halves.h says: a vector of them is two rows of AMX's B
 //   bf16          the weight's rows as they lie are AMX's A, and x is B: two neighbouring columns of 16
 //                 rows of x lie together. Any number of rows
@@ -20,13 +19,13 @@ decltype(CPU_LEVEL::half_tiles) half_tiles;
 
 namespace CPU_LEVEL {
 
-// sums [16, 16] += the integers dots [m, 16], plus what block b's zero code takes, times its scales.
-INLINE void scale_block(const Linear& a, int64_t b, const int32_t (&dots)[2][256], bool pairs,
-                        vf scale, float* sums) {
+// sums [16, 16] += the integers of block b, low + 256 high, plus what its zero code takes, times its
+// scales.
+INLINE void scale_block(const Linear& a, int64_t b, const int32_t (&dots)[2][256], float* sums) {
   for (int64_t m = 0; m < a.m; m++) {
-    vi whole = load<vi>(dots[0] + m * 16) + a.offset[b * a.m + m];
-    if (pairs) whole += load<vi>(dots[1] + m * 16) << 8;
-    store(sums + m * 16, load<vf>(sums + m * 16) + to_float(whole) * (scale * a.xs[b * a.m + m]));
+    const vi whole = load<vi>(dots[0] + m * 16) + (load<vi>(dots[1] + m * 16) << 8);
+    const vf line = to_float(whole + a.offset[b * a.m + m]) * a.xs[b * a.m + m];
+    store(sums + m * 16, load<vf>(sums + m * 16) + line);
   }
 }
 
@@ -64,54 +63,7 @@ void int8_pairs(const Linear& a, int64_t t0, int64_t t1) {
       TILE_DOT("tdpbsud", 2, 4, 7);
       TILE_DOT("tdpbsud", 3, 5, 7);
       store_sums(dots[0][0], dots[0][1], dots[1][0], dots[1][1]);
-      for (int i = 0; i < 2; i++) scale_block(a, b, dots[i], true, splat(1.0f), sums[i]);
-    }
-    for (int64_t i = 0; i < count; i++) finish_tile(a, t + i, sums[i]);
-  }
-}
-
-void int4_tiles(const Linear& a, int64_t t0, int64_t t1) {
-  if (a.m < kFewest || a.m > kFewRows || a.kpad % a.block)
-    return avx512::kernels.int4_tiles(a, t0, t1);
-  const int64_t stride = int4_tile_bytes(a);
-  alignas(64) static thread_local uint8_t codes[2][2][64 * 16];  // of two blocks, two tiles
-  alignas(64) int32_t dots[2][2][256];
-  alignas(64) float sums[2][256];
-  const Tiles tiles(a.m, a.block);
-  for (int64_t t = t0; t < t1; t += 2) {
-    const int64_t count = min(2, t1 - t);
-    memset(sums, 0, sizeof sums);
-    int64_t b = 0;
-    for (int64_t g = 0; g < a.groups; g++) {
-      const uint8_t* w = (const uint8_t*)a.w + t * stride + g * (a.group * 8 + kInt4Params);
-      const uint8_t* params = w + min(a.group, a.kpad - g * a.group) * 8;
-      for (; w < params; w += a.block * 8, b++) {
-        auto& bytes = codes[b % 2];
-        for (int64_t i = 0; i < count; i++)
-          for (int64_t line = 0; line < a.block * 8; line += 64) {
-            const vi v = load<vi>(w + i * stride + line);
-            prefetch(w + (i + 2) * stride + line);
-            store(bytes[i] + line * 2, v & 0x0f0f0f0f);
-            store(bytes[i] + line * 2 + 64, (v >> 4) & 0x0f0f0f0f);
-          }
-        TILE_LOAD(4, a.xq + b * a.block, a.kpad);
-        TILE_LOAD(6, bytes[0], 64);
-        TILE_LOAD(7, bytes[1], 64);
-        TILE_ZERO(0);
-        TILE_ZERO(1);
-        TILE_DOT("tdpbsud", 0, 4, 6);
-        TILE_DOT("tdpbsud", 1, 4, 7);
-        TILE_STORE(0, dots[0][0], 64);
-        TILE_STORE(1, dots[1][0], 64);
-        for (int64_t i = 0; i < count; i++)
-          scale_block(a, b, dots[i], false, bf16_even(load<vu>(params + i * stride)), sums[i]);
-      }
-      for (int64_t i = 0; i < count; i++) {
-        prefetch(params + (i + 2) * stride);
-        const vf zero = bf16_odd(load<vu>(params + i * stride));
-        for (int64_t m = 0; m < a.m; m++)
-          store(sums[i] + m * 16, load<vf>(sums[i] + m * 16) + zero * a.group_sum[g * a.m + m]);
-      }
+      for (int i = 0; i < 2; i++) scale_block(a, b, dots[i], sums[i]);
     }
     for (int64_t i = 0; i < count; i++) finish_tile(a, t + i, sums[i]);
   }

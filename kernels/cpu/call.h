@@ -26,7 +26,7 @@ void read_coded(Coded& c, const void* x, int64_t activations, Meets how, char* s
 
 namespace {
 
-constexpr int64_t kManyRows = 128;    // from here on AMX takes x as it is for int4 in less time
+constexpr int64_t kManyRows = 256;    // from here on AMX takes x as it is for int4 in less time
 constexpr int64_t kPanelRows = 480;   // rows of x, of many, that go through the panels at a time
 constexpr int64_t kBytesPerThread = 32768;  // less than this is not worth waking a thread for
 

@@ -104,14 +104,15 @@ struct Product {
   // How many of m rows one read() and run() take.
   int64_t at_once(int64_t m) const {
     if (kind == Kind::rows || kind == Kind::int8dq || kind == Kind::int4dq || in_panels(m)) return m;
+    if (kind == Kind::int4 && kernels().bf16_panels) return m;  // AMX takes any number
     return std::min(m, kFewRows);
   }
 
   // Whether so many rows of x meet panels of the weight in bf16, as they are: where few rows do so in
-  // fp32; where they meet codes in planes, whose bits it pays to put together but once; many of int4.
+  // fp32; where they meet codes in planes, whose bits it pays to put together but once.
   bool in_panels(int64_t m) const {
     if (m <= kFewRows || activations || c.a.type != Type::bf16 || !kernels().bf16_panels) return false;
-    if (kind != Kind::coded) return takes_fp32() || (kind == Kind::int4 && m >= kManyRows);
+    if (kind != Kind::coded) return takes_fp32();
     const Meets how = how_meets(c, activations, exact);
     return how == Meets::fp32 || (how == Meets::pairs && m >= 2 * kFewRows);
   }

@@ -380,14 +380,19 @@ def make_step(model: nn.Module) -> tuple[int, Step] | None:
 
 
 @torch.library.custom_op("flatllama::triton_decode", mutates_args=())
-def triton_decode(number: int, tokens: Tensor, start: Tensor, last: Tensor | None) -> Tensor:
-    """Logits as of `Transformer.forward`, from the step of that number; its caches are written."""
+def triton_decode(
+    number: int, vocab_size: int, dtype: torch.dtype,
+    tokens: Tensor, start: Tensor, last: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Logits as of `Transformer.forward`, from the step of that number; its caches are written.
+
+    Their number and dtype are arguments so that compiled code, which torch keeps on disk under what
+    it sees of a graph, is not taken for another model, which another process gives the same number.
+    """
     return _steps[number].run(tokens, start, last)
 
 
 @triton_decode.register_fake
-def _(number, tokens, start, last):
-    step = _steps[number]
+def _(number, vocab_size, dtype, tokens, start, last):
     t = tokens.shape[1] if last is None else 1
-    shape = (tokens.shape[0], t, step.config.vocab_size)
-    return tokens.new_empty(shape, dtype=step.embedding.dtype)
+    return tokens.new_empty((tokens.shape[0], t, vocab_size), dtype=dtype)
