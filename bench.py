@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -55,14 +55,21 @@ class Entry:
     failure: str | None = None  # why there will be no row
 
 
-def run_script(script: str, flags: list[str]) -> dict:
-    """Run a script of this project in a process of its own; returns what its --json wrote."""
+def run_script(script: str, flags: list[str], limit: float | None = None) -> dict:
+    """Run a script of this project in a process of its own; returns what its --json wrote.
+
+    UserError where it fails, or takes more than `limit` seconds.
+    """
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder) / "figures.json"
         command = [sys.executable, str(HERE / script), *flags, "--json", str(figures)]
-        done = subprocess.run(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
-        )
+        try:
+            done = subprocess.run(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                errors="replace", timeout=limit,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise UserError(f"{script} {' '.join(flags)}: took more than {limit:g} s") from None
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"{script} {' '.join(flags)}: {last.removeprefix('error: ')}")
@@ -155,17 +162,21 @@ def checkpoint_entry(source: Checkpoint, mode: Mode, folder: Path, device: str) 
     return Entry(label(mode), ["--checkpoint_path", str(path)])
 
 
-def take_turns(entries: list[Entry], flags: list[str], repeats: int) -> None:
+def take_turns(
+    entries: list[Entry], flags: list[str], repeats: int, limit: float | None = None
+) -> Iterator[None]:
     """Measure every entry `repeats` times, all of them once before any of them again.
 
-    One that fails keeps the reason and is left out from then on.
+    Yields after each. One that fails keeps the reason and is left out from then on.
     """
     for turn in range(repeats):
         for entry in entries:
             if entry.failure:
                 continue
             try:
-                figures = run_script("generate.py", [*entry.flags, *flags])
+                figures = run_script("generate.py", [*entry.flags, *flags], limit)
+                if figures["cuda_graphs_skipped"]:
+                    raise UserError("torch did not capture the step in a CUDA graph")
             except UserError as error:
                 entry.failure = str(error)
                 progress(f"{entry.mode} failed: {error}")
@@ -173,6 +184,7 @@ def take_turns(entries: list[Entry], flags: list[str], repeats: int) -> None:
             entry.turns.append(figures)
             speed = figures["decode_tokens_per_s"]["p50"]
             progress(f"turn {turn + 1} of {repeats}: {entry.mode} {speed:.1f} tokens/s")
+            yield
 
 
 def score(entries: list[Entry], flags: list[str], folder: Path) -> None:
@@ -253,6 +265,8 @@ def parse_args() -> argparse.Namespace:
     add("--compile", action=argparse.BooleanOptionalAction, default=True)
     add("--compile_mode", default="reduce-overhead", choices=COMPILE_MODES)
     add("--repeats", type=int, default=3, help="turns; a figure is their median")
+    add("--time_limit", type=float, metavar="SECONDS",
+        help="a turn that takes longer counts as failed; default: none")  # fmt: skip
     add("--work_dir", type=Path,
         help="keep the quantized checkpoints and their perplexities here, and use those that "
         "are there; default: a temporary folder")  # fmt: skip
@@ -273,6 +287,8 @@ def check(args: argparse.Namespace) -> None:
                         f"because {MIN_STEPS} steps are timed")  # fmt: skip
     if args.repeats < 1 or args.prompt < 1:
         raise UserError("--repeats and --prompt must be at least 1")
+    if args.time_limit is not None and not args.time_limit > 0:
+        raise UserError(f"--time_limit {args.time_limit:g}: give seconds, more than none")
     if args.random_weights and (args.text or args.checkpoint_path):
         raise UserError("--random_weights goes without --checkpoint_path and --text")
     if args.seq_length < 2 or (args.limit is not None and args.limit < 1):
@@ -292,27 +308,37 @@ def shared_flags(args: argparse.Namespace) -> list[str]:
 
 
 def benchmark(entries: list[Entry], args: argparse.Namespace, folder: Path) -> dict:
-    """Measure the entries in turns, then score them; the figures for --json."""
+    """Measure the entries in turns, then score them; the figures for --json, which are written
+    after each turn too."""
     shared = shared_flags(args)
     compiled = ["--compile", "--compile_mode", args.compile_mode] if args.compile else []
     generate = [
         "--prompt", str(args.prompt), "--max_new_tokens", str(args.max_new_tokens),
         "--temperature", "0", "--ignore_eos", *compiled,
     ]  # fmt: skip
-    take_turns(entries, [*shared, *generate], args.repeats)
+    for _ in take_turns(entries, [*shared, *generate], args.repeats, args.time_limit):
+        write_json(args.json, {"unfinished": True, **summary(entries, args)})
+    failed = [entry.failure for entry in entries if entry.failure]
+    if len(failed) == len(entries):
+        raise UserError(f"no mode could be measured: {failed[0]}")
+    if args.text:
+        limit = [] if args.limit is None else ["--limit", str(args.limit)]
+        length = ["--seq_length", str(args.seq_length)]
+        measured = [entry for entry in entries if not entry.failure]
+        score(measured, [*shared, "--text", str(args.text), *length, *limit], folder)
+    return summary(entries, args)
+
+
+def summary(entries: list[Entry], args: argparse.Namespace) -> dict:
+    """The figures of the turns so far; of at least one entry there are some."""
     failed = {entry.mode: entry.failure for entry in entries if entry.failure}
-    entries = [entry for entry in entries if not entry.failure]
-    if not entries:
-        raise UserError(f"no mode could be measured: {next(iter(failed.values()))}")
+    entries = [entry for entry in entries if entry.turns and not entry.failure]
     protocol = (
         f"decoding {args.max_new_tokens} tokens greedily after a prompt of {args.prompt}, batch 1, "
         f"{'compiled' if args.compile else 'eager'}, prefill and compilation not counted; median "
         f"of {args.repeats} turns of a fresh process per mode"
     )
     if args.text:
-        limit = [] if args.limit is None else ["--limit", str(args.limit)]
-        length = ["--seq_length", str(args.seq_length)]
-        score(entries, [*shared, "--text", str(args.text), *length, *limit], folder)
         windows = f"the first {args.limit}" if args.limit else "all"
         protocol += (
             f"; token perplexity of {args.text.name}, {windows} non-overlapping "

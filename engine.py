@@ -410,3 +410,10 @@ def compiled_graphs() -> int:
     if "torch._dynamo" not in sys.modules:  # importing it takes 2 s
         return 0
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def skipped_graphs() -> int:
+    """How many compiled graphs torch left out of CUDA graphs, though the mode asked for them."""
+    if "torch._dynamo" not in sys.modules:
+        return 0
+    return torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]

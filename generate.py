@@ -18,7 +18,15 @@ import tp
 from backends import check_layers, choose_kernels
 from chat import Streamer, chat, render_chat
 from checkpoint import load_model, open_checkpoint
-from engine import COMPILE_MODES, Engine, Result, Sampling, compiled_graphs, configure_compiler
+from engine import (
+    COMPILE_MODES,
+    Engine,
+    Result,
+    Sampling,
+    compiled_graphs,
+    configure_compiler,
+    skipped_graphs,
+)
 from errors import (
     UserError,
     check_device,
@@ -141,6 +149,7 @@ def report(engine: Engine, results: list[Result], args, mode: str, compile_s: fl
         "package": str(args.package) if args.package else None,
         "compile_mode": args.compile_mode if {*engine.compiled} - {"prefill"} else None,
         "compiled": engine.compiled,
+        "cuda_graphs_skipped": skipped_graphs() if engine.device.type == "cuda" else None,
         "batch_size": batch, "prompt_tokens": last.prompt_tokens,
         "new_tokens": [len(ids) for r in results for ids in r.token_ids], "compile_s": compile_s,
         "time_to_first_token_s": statistics.median(r.time_to_first_token_s for r in results),
@@ -181,6 +190,8 @@ def print_report(figures: dict) -> None:
         f"decode {speed['p50']:.1f} tokens/s (median; mean {speed['mean']:.1f}, "
         f"std {speed['std']:.1f}){noisy}",
     ]
+    if figures["cuda_graphs_skipped"]:
+        lines.insert(2, "torch did not capture the step in a CUDA graph, so the host launches it")
     if math.isnan(speed["p50"]):  # a single token: no step was timed
         lines.pop()
     elif counts := figures.get("accept_counts"):

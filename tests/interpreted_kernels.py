@@ -240,6 +240,29 @@ def test_whole_step_bf16(name, cache):
         assert (y - want).norm() < 2 * (other - want).norm() + 1e-3 * want.norm()
 
 
+@pytest.mark.parametrize("name", ["int4", "float8dq-row"])
+def test_how_a_gpu_is_judged(name, monkeypatch):
+    """By scripts/check_cuda.py: what is right here passes there, and a wrong weight does not."""
+    from scripts import check_cuda
+
+    config = ModelConfig(64, 2, 4, 2, 96, 90, 16, max_positions=512)
+    monkeypatch.setattr(check_cuda, "STEP_CONFIG", config)
+    monkeypatch.setattr(check_cuda, "DEVICE", "cpu")
+    fuse, step = Transformer.fuse, lambda: check_cuda.step_error(name, "int8", 2, 3)[0]
+
+    def wrong(model):
+        model.layers[1].ffn_norm.weight *= 3
+        fuse(model)
+
+    with torch.inference_mode():
+        assert check_cuda.judged("step", 2, step)["ok"]
+        monkeypatch.setattr(Transformer, "fuse", wrong)
+        assert not check_cuda.judged("step", 2, step)["ok"]
+        monkeypatch.setattr(Transformer, "fuse", lambda model: 1 // 0)
+        found = check_cuda.judged("step", 2, step)
+        assert not found["ok"] and "ZeroDivisionError" in found["what"]
+
+
 @pytest.mark.parametrize("name", ["int4", "int8dq", "int4-sparse24"])
 def test_whole_step_with_input_scales(name):
     """What AWQ and SmoothQuant leave in a layer."""

@@ -34,6 +34,7 @@ def figures(speed):
         "decode_tokens_per_s": {"p50": speed}, "bandwidth_bytes_per_s": 10 * speed,
         "peak_memory_bytes": 1000, "weight_bytes": 300, "time_to_first_token_s": 0.5,
         "device": "d", "threads": 1, "read_bandwidth_bytes_per_s": 2000.0,
+        "cuda_graphs_skipped": None,
     }  # fmt: skip
 
 
@@ -56,27 +57,36 @@ def test_rows_are_medians_of_the_turns():
 def test_turns_interleave(monkeypatch):
     order = []
 
-    def fake(script, flags):
-        order.append(flags[0])
+    def fake(script, flags, limit):
+        order.append((flags[0], limit))
         return figures(100)
 
     monkeypatch.setattr(bench, "run_script", fake)
     entries = [Entry("a", ["a"]), Entry("b", ["b"])]
-    bench.take_turns(entries, ["--x"], 3)
-    assert order == ["a", "b"] * 3 and all(len(e.turns) == 3 for e in entries)
+    turns = bench.take_turns(entries, ["--x"], 3, 60.0)
+    next(turns)
+    assert [len(e.turns) for e in entries] == [1, 0]
+    assert len(list(turns)) == 5 and all(len(e.turns) == 3 for e in entries)
+    assert order == [("a", 60.0), ("b", 60.0)] * 3
 
 
 def test_a_mode_that_fails_is_left_out_and_named(monkeypatch):
-    def fake(script, flags):
+    def fake(script, flags, limit):
         if flags[0] == "b":
             raise UserError("no such thing")
-        return figures(100)
+        return {**figures(100), "cuda_graphs_skipped": 3 if flags[0] == "c" else 0}
 
     monkeypatch.setattr(bench, "run_script", fake)
-    entries = [Entry("a", ["a"]), Entry("b", ["b"])]
-    bench.take_turns(entries, [], 2)
-    assert [len(e.turns) for e in entries] == [2, 0]
-    assert [e.failure for e in entries] == [None, "no such thing"]
+    entries = [Entry(name, [name]) for name in "abc"]
+    assert len(list(bench.take_turns(entries, [], 2))) == 2
+    assert [len(e.turns) for e in entries] == [2, 0, 0]
+    assert [e.failure for e in entries][:2] == [None, "no such thing"]
+    assert "CUDA graph" in entries[2].failure
+
+
+def test_what_takes_too_long_is_one_line():
+    with pytest.raises(UserError, match=r"generate.py --device cpu: took more than 0\.01 s"):
+        bench.run_script("generate.py", ["--device", "cpu"], 0.01)
 
 
 def test_table_and_plot(tmp_path):
@@ -167,6 +177,7 @@ def test_two_modes_on_a_tiny_model(tmp_path):
     assert done.returncode == 0, done.stderr
     written = json.loads(out.read_text())
     assert [row["mode"] for row in written["rows"]] == ["bf16", "int8"]
+    assert "unfinished" not in written
     assert all(
         set(row) == set(KEYS.split()) and None not in row.values() for row in written["rows"]
     )
@@ -195,6 +206,7 @@ def test_random_weights(tmp_path):
         (["--text", "absent.txt"], "absent.txt"),
         (["--random_weights", "tiny", "--text", "x"], "--random_weights"),
         (["--repeats", "0"], "at least 1"),
+        (["--time_limit", "0"], "--time_limit 0"),
         (["--threads", "-1"], "--threads -1: take 1 to"),
         (["start", "--package", "x.pt2", "--threads", "100000"], "--threads 100000: take 1 to"),
     ],

@@ -19,7 +19,7 @@ from quantize import CheckpointQuantizer
 
 KEYS = {
     "model", "mode", "package", "device", "threads", "compile", "compile_mode", "compiled",
-    "batch_size",
+    "batch_size", "cuda_graphs_skipped",
     "prompt_tokens", "new_tokens", "compile_s", "time_to_first_token_s", "decode_tokens_per_s",
     "kernels", "step_s", "weight_bytes", "bytes_per_token", "bandwidth_bytes_per_s",
     "read_bandwidth_bytes_per_s", "peak_memory_bytes", "recompiles", "texts", "token_ids",
