@@ -59,6 +59,9 @@ class Plan:
             parsed = {name: parse_grouped(layer["mode"]) for name, layer in self.layers.items()}
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"the plan's layers are malformed ({error!r})") from None
+        for name, mode in parsed.items():
+            if mode.needs_checkpoint:
+                raise UserError(f"the plan gives {name} {mode}, which is calibrated: take another")
         return {name: mode for name, mode in parsed.items() if mode.format not in FLOAT_MODES}
 
     def save(self, path: Path) -> None:

@@ -273,7 +273,8 @@ def load_model(
         module = model.get_submodule(module_name)
         tensor = checkpoint.tensor(name)
         if isinstance(module, QuantizedLinear):
-            setattr(module, attribute, tensor.to(device))
+            own = dtype if attribute == "bias" else None
+            setattr(module, attribute, tensor.to(device=device, dtype=own or tensor.dtype))
         else:
             tensor = tensor.to(device=device, dtype=dtype or stored_dtype)
             setattr(module, attribute, torch.nn.Parameter(tensor, requires_grad=False))

@@ -57,7 +57,7 @@ def check_outputs(
     for path in (replaced, *paths):
         if path is None or (path == Path(os.devnull) and path != replaced):
             continue
-        if path.is_dir() or not path.parent.is_dir():
+        if path.is_dir() or not path.resolve().parent.is_dir():
             raise UserError(f"cannot write {path}: give a file in a folder that exists")
         if not all(os.access(p, os.W_OK) for p in (path.parent, path) if p.exists()):
             raise UserError(f"cannot write {path}: no permission")
@@ -99,6 +99,14 @@ def directory_whole(path: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
+def processes() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal():
+        raise UserError(f"WORLD_SIZE is {size!r}: torchrun sets it to a number")
+    return int(size)
+
+
 def first_rank() -> bool:
     """Whether this process is the only one, or the one of torchrun's that reports."""
     return os.environ.get("RANK", "0") == "0"
@@ -127,20 +135,27 @@ def mute(prefix: str) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for good)
 
 
-def _terminate(*_) -> None:
-    sys.exit(143)
+def _terminate(number: int, _) -> None:
+    sys.exit(128 + number)
 
 
 def cli(main: Callable[[], None]) -> None:
     """Run a script's `main`: exit 2 with one line on a `UserError`, an `OSError` or a lack of
     memory, 130 on Ctrl-C. Of torchrun's processes that lose one another only the first says so.
 
-    SIGTERM cleans up as Ctrl-C does, but where torchrun ends processes that wait for each other.
+    SIGTERM, and the end of the terminal, clean up as Ctrl-C does, but where torchrun ends processes
+    that wait for each other.
     """
-    if "WORLD_SIZE" not in os.environ:
-        signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if "WORLD_SIZE" not in os.environ and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _terminate)
+    for name in ("stdin", "stdout", "stderr"):  # None where the shell has closed it
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # text that a terminal cannot show
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text
     try:
         main()
         sys.stdout.flush()  # a full disk or a closed pipe shows here, not at exit

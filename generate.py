@@ -34,6 +34,7 @@ from errors import (
     check_threads,
     cli,
     first_rank,
+    processes,
     progress,
     write_json,
     written_whole,
@@ -354,7 +355,7 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--package is compiled and does not guess: leave --{given[0]} out")
         if args.cache_size:
             raise UserError("the cache of --package is that of its export: leave --cache_size out")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if processes() > 1:
             raise UserError("--package runs in one process: leave torchrun out")
 
 
@@ -399,7 +400,7 @@ def main() -> None:
     figures = report(engine, results, args, mode, compile_s)
     figures["recompiles"] = compiled_graphs() - graphs
     if "WORLD_SIZE" in os.environ:
-        figures["processes"] = int(os.environ["WORLD_SIZE"])
+        figures["processes"] = processes()
     if tokenizer:
         figures["texts"] = [tokenizer.decode(ids) for ids in figures["token_ids"]]
     print_report(figures)

@@ -12,6 +12,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
@@ -250,9 +252,12 @@ def evaluate(
             model=lm, tasks=tasks, task_manager=manager, limit=limit, num_fewshot=fewshot,
             log_samples=False, bootstrap_iters=1000,
         )  # fmt: skip
-    except OSError as error:  # the data set is not here and cannot be fetched
+    except (OSError, DatasetsError) as error:  # not here, cannot be fetched, or damaged
         line = " ".join(str(error).split())
         raise UserError(f"cannot load the data of {', '.join(tasks)}: {line}") from None
+    except (TemplateError, ValueError) as error:  # of the task's own making
+        line = " ".join(str(error).split())
+        raise UserError(f"lm_eval cannot run {', '.join(tasks)}: {line}") from None
     progress("")
     figures = {
         task: {k.removesuffix(",none"): v for k, v in row.items() if isinstance(v, int | float)}

@@ -285,8 +285,12 @@ class Transformer(nn.Module):
     def setup_cache(self, batch: int, length: int, kind: str = "bf16") -> KVCache:
         """Allocate an empty cache of `length` slots for `batch` sequences, and the rotary table.
 
+        ValueError: `kind` is none of KV_CACHES.
+
         Returns the first layer's cache, with which its owner later calls `check_cache`.
         """
+        if kind not in KV_CACHES:
+            raise ValueError(f"a cache of kind {kind!r}: known are {', '.join(KV_CACHES)}")
         weight = self.tok_embeddings.weight
         config, device = self.config, weight.device
         cache = (batch, config.n_kv_heads, length, config.head_dim, weight.dtype, device)
@@ -308,8 +312,9 @@ class Transformer(nn.Module):
     def fuse(self) -> None:
         """From now on run on few tokens as one operator, if there is one for all of the layers.
 
-        Until the next `setup_cache`. Hooks on the layers inside are passed over, and layers that
-        are replaced afterwards go unnoticed until `fuse` is called again.
+        Until the next `setup_cache`, conversion or loading of weights. Hooks on the layers inside
+        are passed over, and layers that are replaced afterwards go unnoticed until `unfuse` (which
+        `quantize_` calls).
         """
         self.plan = plan_decode(self)
         self.fused_rows = 0 if self.plan is None else int(self.plan[1])
@@ -319,6 +324,14 @@ class Transformer(nn.Module):
         """Run as modules again; what `fuse` has made is let go."""
         self.plan = self.step_number = self._step = None
         self.fused_rows = 0
+
+    def _apply(self, fn, recurse=True):
+        self.unfuse()  # .to() and its like make new tensors
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args, **kwargs):
+        self.unfuse()
+        return super().load_state_dict(*args, **kwargs)
 
     def fused(self, rows: int) -> bool:
         """Whether so many rows (B T) run as one C++ operator."""

@@ -17,11 +17,11 @@ import checkpoint as ckpt
 from autoquant import make_plan, read_or_make_plan
 from calibration import LAYERS, CalibrationStream, InputStatistics, calibration_tokens
 from engine import Engine, Sampling
-from errors import UserError, check_device, check_outputs, cli, progress, write_json
+from errors import UserError, check_device, check_outputs, cli, processes, progress, write_json
 from gptq import check_options
 from kernels.formats import FORMATS
 from measure import peak_memory
-from model import ModelConfig, TransformerBlock
+from model import ModelConfig, Transformer, TransformerBlock
 from modes import (
     ALGORITHMS,
     AUTOQUANT,
@@ -50,8 +50,8 @@ def quantize_(
 ) -> nn.Module:
     """Quantize, in place, every nn.Linear of any model, except those whose name `skip` picks.
 
-    The model has to call its layers: one that reads their `weight` itself cannot be quantized. The
-    float modes convert all of it.
+    The model has to call its layers: one that reads their `weight` itself cannot be quantized. A
+    layer that stands in several places is quantized once. The float modes convert all of it.
 
     Args:
         mode: as on the command line, "int4-gptq" for example.
@@ -62,12 +62,16 @@ def quantize_(
         options: passed to the algorithm, percdamp=0.05 for example; min_sqnr to autoquant.
 
     Returns:
-        The model.
+        The model; where it is an nn.Linear itself, what takes its place.
     """
+    if isinstance(model, nn.Linear):
+        given = {"inputs": inputs, "skip": skip, "repack": repack, **options}
+        return quantize_(nn.Sequential(model), mode, groupsize, **given)[0]
     parsed = parse_mode(mode, groupsize)
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not skip(n)}
     if parsed.format in FLOAT_MODES:
         return model.to(FLOAT_MODES[parsed.format])
+    places = places_of_linears(model, skip)
+    linears = {name: model.get_submodule(name) for name in places}
     modes, stats = dict.fromkeys(linears, parsed), {}
     if parsed.format in AUTOQUANT:
         candidates, inputs = list(AUTOQUANT[parsed.format]), list(inputs)
@@ -80,10 +84,31 @@ def quantize_(
         stats = _collect(model, linears, inputs)
     for name, layer_mode in modes.items():
         quantized = quantize_linear(linears.pop(name), layer_mode, stats.get(name), **options)
-        model.set_submodule(name, quantized)
+        for place in places[name]:
+            model.set_submodule(place, quantized)
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.unfuse()  # the operator knows the old layers
     if repack:
         ckpt.repack(model)
     return model
+
+
+def places_of_linears(model: nn.Module, skip: Callable[[str], bool]) -> dict[str, list[str]]:
+    """All names of each nn.Linear, but those that `skip` picks, by the first of them."""
+    places = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear) and not skip(name):
+            places.setdefault(module, []).append(name)
+            if module.weight.dtype not in FLOAT_MODES.values():
+                dtype = module.weight.dtype
+                raise UserError(f"{name} is {dtype}: convert it to fp32, bf16 or fp16 first")
+    return {names[0]: names for names in places.values()}
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x [..., K] as [rows, K]."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _collect(
@@ -92,7 +117,7 @@ def _collect(
     """Input statistics of every linear layer over `inputs`."""
     stats = {n: InputStatistics.empty(m.in_features, m.weight.device) for n, m in linears.items()}
     hooks = [
-        m.register_forward_pre_hook(lambda _, args, s=stats[n]: s.add(args[0].flatten(0, -2)))
+        m.register_forward_pre_hook(lambda _, args, s=stats[n]: s.add(rows_of(args[0])))
         for n, m in linears.items()
     ]
     try:
@@ -335,6 +360,8 @@ def main() -> None:
     if args.list:
         print(list_modes())
         return
+    if processes() > 1:
+        raise UserError("quantize.py runs in one process: leave torchrun out")
     begin = time.perf_counter()
     mode = parse_mode(args.mode, args.groupsize)
     fill_in(args, mode)

@@ -17,8 +17,9 @@ p and q are the distributions after temperature, top-k, top-p and min-p.
 
 The rows of the verify step must compute what single steps compute. In fp32 they agree to the order
 of summation (attention splits its rows differently), so that greedy texts differ only where two
-logits agree to 6 digits. In bf16 and fp16 the layers round to 8 or 11 bits in between: a near tie
-may fall differently than in a step of one row, as it may between any two batch sizes.
+logits agree to 6 digits. In bf16 and fp16 the layers round to 8 or 11 bits in between, and formats
+that round activations turn the last digit of an input into another code: a near tie may fall
+differently than in a step of one row, as it may between any two batch sizes.
 
 Batches of one only: rows of a batch would accept different numbers of guesses.
 """

@@ -63,7 +63,7 @@ class Ranks:
 
 def start(device: str) -> Ranks | None:
     """Join the ranks that torchrun started; None in a process of its own."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if errors.processes() == 1:
         return None
     if not dist.is_initialized():
         if "RANK" not in os.environ:
@@ -224,7 +224,7 @@ def load_sharded(
         for attribute in own:
             tensor = local_tensor(source, f"{name}.{attribute}", layer, cut).to(device)
             if isinstance(local, QuantizedLinear):
-                setattr(local, attribute, tensor)
+                setattr(local, attribute, tensor.to(dtype) if attribute == "bias" else tensor)
             else:
                 parameter = nn.Parameter(tensor.to(dtype), requires_grad=False)
                 setattr(local, attribute, parameter)

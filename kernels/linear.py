@@ -154,6 +154,19 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("input_scale", None)
         self.packed: TritonWeight | None = None
 
+    def _apply(self, fn, recurse=True):
+        """Of a conversion's dtype only the bias becomes: the rest is what the kernels read."""
+        bias = self.bias
+
+        def keep(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        super()._apply(keep, recurse)
+        if bias is not None:
+            self.bias = fn(bias)
+        return self
+
     @classmethod
     def from_codes(
         cls, codes: Tensor, params: Params, bias: Tensor | None, dtype: torch.dtype,

@@ -96,6 +96,7 @@ def test_a_plan_survives_its_file(tmp_path):
     [
         ({"layers": {"0": {"mode": "int9"}}}, "unknown mode"),
         ({"layers": {"0": {}}}, "malformed"),
+        ({"layers": {"0": {"mode": "int4-gptq:64"}}}, "gives 0 int4-gptq, which is calibrated"),
         ({"extra": 1}, "is no plan"),
     ],
 )

@@ -56,6 +56,26 @@ def test_rows_of_a_fused_weight(tiny):
     assert torch.equal(part, torch.cat([whole[12:24], whole[72:84], whole[99:101]]))
 
 
+@pytest.mark.parametrize("mode", ["int8", "int4", "uint4", "w4a8", "float8"])
+def test_a_quantized_model_at_another_precision(tmp_path, mode):
+    """With biases, which take the activations' dtype; as one operator and as modules."""
+    directory, _ = save_tiny(tmp_path, torch.bfloat16, attention_bias=True, mlp_bias=True)
+    source, path = open_checkpoint(directory), tmp_path / "quantized.safetensors"
+    mode = parse_mode(mode, 32 if mode in ("int4", "uint4", "w4a8") else None)
+    CheckpointQuantizer(source, mode, head_mode(mode, None), path).run(lambda text: None)
+    tokens, start = torch.tensor([[5, 3, 8]]), torch.tensor([0])
+    results = []
+    for dtype in (None, torch.float32, torch.float16):
+        model = load_model(open_checkpoint(path), dtype=dtype)
+        for fused in (False, True):
+            model.setup_cache(1, 64)
+            if fused:
+                model.fuse()
+            results.append(model(tokens, start))
+            assert results[-1].dtype == (dtype or torch.bfloat16)
+            assert (results[-1].float() - results[0].float()).norm() < 0.1 * results[0].norm()
+
+
 def test_header_describes_the_file(tiny):
     path = quantized(tiny)
     renamed = path.with_name("int8-lies.safetensors")

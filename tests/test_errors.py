@@ -46,11 +46,29 @@ def test_text_that_stdout_cannot_show():
         assert process.stdout.read() == "caf\\xe9\n" and process.wait() == 0
 
 
-def test_sigterm_cleans_up():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_cleans_up(number):
     with start("try: print(1, flush=True); time.sleep(60)\n    finally: print(2)") as process:
         assert process.stdout.readline() == "1\n"
-        process.send_signal(signal.SIGTERM)
-        assert process.stdout.read() == "2\n" and process.wait() == 143
+        process.send_signal(number)
+        assert process.stdout.read() == "2\n" and process.wait() == 128 + number
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_streams(closed):
+    """sys.stdin and its like are None then: input() finds its end, the others say nothing."""
+    code = "import sys, errors\nerrors.cli(lambda: print(sys.stdin.read(), file=sys.stderr))"
+    command = ["bash", "-c", f'"$@" {closed}', "-", sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, input="said", capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == {"<&-": "\n", ">&-": "said\n", "2>&-": ""}[closed]
+
+
+def test_bytes_that_are_no_text():
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    settings = {"stdin": subprocess.PIPE, "text": False, "env": environment}
+    with start("print(ascii(input()))", **settings) as process:
+        assert process.communicate(b"caf\xe9\n")[0].strip() == b"'caf\\udce9'"
 
 
 def test_json_appears_whole_or_not_at_all(tmp_path):

@@ -53,6 +53,12 @@ def test_perplexity_against_hand_computation(tiny, ids):
     assert score.kl_mean is None
 
 
+def test_log_sum_exp_of_a_large_vocabulary():
+    x = torch.randn(5, 100_000) * 3
+    want = x.double().logsumexp(-1, keepdim=True)
+    assert (evaluation.log_sum_exp(x) - want).abs().max() < 1e-6
+
+
 def test_divergence_against_formula(tiny, ids):
     model, base = model_of(tiny, "int4"), model_of(tiny)
     score = perplexity(model, ids, seq_length=LENGTH, limit=3, reference=base)
@@ -159,6 +165,7 @@ def test_command_line(tiny, tmp_path):
         (["--quantization", "int9"], "unknown mode"),
         (["--max_length", "64"], "--max_length is of --tasks"),
         (["--batch_size", "4"], "--batch_size is of --tasks"),
+        (["--tasks", "wikitext", "--num_fewshot", "-1"], "--num_fewshot -1"),
         (["--tasks", "wikitext", "--seq_length", "64"], "--seq_length is of a text"),
         (["--tasks", "wikitext", "--rows", "16"], "--rows is of a text"),
         (["--tasks", "wikitext", "--reference", "absent"], "--reference is of a text"),

@@ -1,5 +1,6 @@
 """quantize.py: modes, in-place quantization of any module, streamed checkpoints."""
 
+import copy
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ from torch import nn
 
 import quantize
 from checkpoint import load_model, open_checkpoint
+from engine import Engine, Sampling
 from errors import UserError
 from huggingface import config_from_hf, hf_names
 from kernels.formats import FORMATS
@@ -76,6 +78,60 @@ def test_any_module_in_place(mode):
     assert isinstance(model.body[0], FORMATS[name]) and isinstance(model.body[2], FORMATS[name])
     error = (model(x) - expected).norm() / expected.norm()
     assert 0 < error < (0.02 if mode == "int8" else 0.2)
+
+
+@pytest.mark.parametrize("mode", ["int4", "int4-gptq"])
+@torch.inference_mode()
+def test_a_layer_in_several_places_is_quantized_once(mode):
+    layer = nn.Linear(64, 64)
+    model = nn.Sequential(layer, nn.Sequential(nn.ReLU(), layer), layer)
+    quantize_(model, mode, inputs=[(torch.randn(30, 64),)])
+    assert isinstance(model[0], FORMATS["int4"])
+    assert model[1][1] is model[0] and model[2] is model[0]
+
+
+@torch.inference_mode()
+def test_a_single_layer_and_a_single_row():
+    layer, x = nn.Linear(96, 40), torch.randn(96)
+    quantized = quantize_(layer, "int4-gptq", inputs=[(x,)])
+    assert isinstance(quantized, FORMATS["int4"]) and quantized(x).shape == (40,)
+    with pytest.raises(UserError, match=r"torch\.float64: convert it"):
+        quantize_(nn.Sequential(nn.Linear(8, 8).double()), "int8")
+
+
+@pytest.mark.parametrize("name", [*FORMATS])
+@torch.inference_mode()
+def test_conversion_after_quantizing(name):
+    """Only the activations change their dtype: scales and tables stay what the kernels read."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 48)), torch.randn(3, 64)
+    expected = quantize_(model, name)(x)
+    for dtype, tolerance in ((torch.bfloat16, 0.06), (torch.float32, 0.01)):
+        y = model.to(dtype)(x.to(dtype))
+        assert y.dtype == dtype and (y - expected).norm() < tolerance * expected.norm()
+
+
+@torch.inference_mode()
+def test_an_engine_sees_new_weights():
+    """Quantized, loaded or converted behind its back."""
+    prompt, greedy = [list(range(3, 30))], Sampling(temperature=0)
+    model = random_model(CONFIGS["tiny"], None, "cpu", torch.float32)
+    engine = Engine(model, greedy, length=64)
+
+    def check():
+        fresh = copy.deepcopy(model)
+        engine.cached = []
+        expected = Engine(fresh, greedy, length=64).generate(prompt, 20).token_ids
+        assert engine.generate(prompt, 20).token_ids == expected
+        return expected
+
+    texts = [check()]
+    other = random_model(CONFIGS["tiny"], None, "cpu", torch.float32, seed=5)
+    model.load_state_dict(other.state_dict(), assign=True)
+    texts.append(check())
+    quantize_(model, "uint2", groupsize=32)
+    texts.append(check())
+    assert texts[0] != texts[1] != texts[2]
 
 
 def test_calibrated_mode_without_inputs_is_refused():
