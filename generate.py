@@ -98,6 +98,8 @@ def load(args: argparse.Namespace, random_name: str | None = None):
     if random_name is not None and args.checkpoint_path:
         raise UserError("--random_weights needs no --checkpoint_path: take one of them")
     choose_kernels(args.kernels, args.device)
+    if ":" in args.device:  # Triton launches on the current one
+        torch.cuda.set_device(args.device)
     ranks = tp.start(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
