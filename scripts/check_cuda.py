@@ -284,7 +284,6 @@ def check_engine() -> list[dict]:
 
     want = text("triton", fused=False)
     for kernels in ("triton", *(("triton-pdl",) if overlaps() else ()), "inductor"):
-
         before = skipped_graphs()
 
         def differing(kernels=kernels) -> float:
