@@ -48,7 +48,9 @@ def test_text_that_stdout_cannot_show():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_cleans_up(number):
-    with start("try: print(1, flush=True); time.sleep(60)\n    finally: print(2)") as process:
+    restore = lambda: signal.signal(number, signal.SIG_DFL)  # noqa: E731 (under nohup it is ignored)
+    body = "try: print(1, flush=True); time.sleep(60)\n    finally: print(2)"
+    with start(body, preexec_fn=restore) as process:
         assert process.stdout.readline() == "1\n"
         process.send_signal(number)
         assert process.stdout.read() == "2\n" and process.wait() == 128 + number
