@@ -92,7 +92,7 @@ def record(linears: dict[str, nn.Linear], run: Callable[[], object]) -> dict[str
     calls = {}
 
     def note(name: str, x: Tensor) -> None:
-        x = x.detach().flatten(0, -2)  # [rows, K]
+        x = x.detach().reshape(-1, x.shape[-1])  # [rows, K]
         entry = calls.setdefault(name, Calls(Counter(), x[:0]))
         entry.rows[len(x)] += 1
         if len(entry.sample) < SAMPLE:

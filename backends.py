@@ -1,12 +1,19 @@
-"""The user's side of `--kernels`: the choice checked before anything is loaded."""
+"""The user's side of `--device` and `--kernels`: checked before anything is loaded."""
 
 import torch
 from torch import nn
 
-from errors import UserError
+from errors import UserError, check_device
 from kernels import aten, native
 from kernels.choice import interpreting, kernels, load_triton, triton_on
 from kernels.linear import QuantizedLinear
+
+
+def use_device(device: str) -> None:
+    """Make a GPU the current one, where Triton launches its kernels; UserError: there is none."""
+    check_device(device)
+    if ":" in device:
+        torch.cuda.set_device(device)
 
 
 def choose_kernels(name: str, device: str) -> None:

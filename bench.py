@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -287,7 +288,7 @@ def check(args: argparse.Namespace) -> None:
                         f"because {MIN_STEPS} steps are timed")  # fmt: skip
     if args.repeats < 1 or args.prompt < 1:
         raise UserError("--repeats and --prompt must be at least 1")
-    if args.time_limit is not None and not args.time_limit > 0:
+    if args.time_limit is not None and not 0 < args.time_limit < threading.TIMEOUT_MAX:
         raise UserError(f"--time_limit {args.time_limit:g}: give seconds, more than none")
     if args.random_weights and (args.text or args.checkpoint_path):
         raise UserError("--random_weights goes without --checkpoint_path and --text")

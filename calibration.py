@@ -50,7 +50,7 @@ class InputStatistics:
 
     def add(self, x: Tensor) -> None:
         """Take in the inputs x [..., K]."""
-        x = x.detach().flatten(0, -2).float()  # [T, K]
+        x = x.detach().reshape(-1, x.shape[-1]).float()  # [T, K]
         old, self.tokens = self.tokens, self.tokens + len(x)
         keep, share = old / self.tokens, 1 / self.tokens
         self.hessian.addmm_(x.t(), x, beta=keep, alpha=share)

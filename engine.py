@@ -217,7 +217,7 @@ class Engine:
         if fused and (self.device.type == "cpu" or compile_mode in GRAPH_MODES):
             model.fuse()
         self.generator = torch.Generator().manual_seed(seed)
-        self.cached: list[int] = []  # the tokens whose keys and values row 0 of the cache holds
+        self.cached = []
         self.compile_mode = compile_mode
         self.compiled: list[str] = []  # the steps that are
         self.decode_step = self.compile("decode step", self._decode_step, batch)
@@ -231,6 +231,15 @@ class Engine:
             # The largest chunk is cut to the cache's size: the longest prompt runs it.
             sizes = {min(b, length - 1) for b in buckets or (2, 9, MOST_ROWS, *BUCKETS)}
             self.warm_sizes = sorted(sizes - {0})
+
+    @property
+    def cached(self) -> list[int]:
+        """The tokens whose keys and values row 0 of the cache holds: none once weights change."""
+        return self._cached if self._revision == self.model.revision else []
+
+    @cached.setter
+    def cached(self, tokens: list[int]) -> None:
+        self._cached, self._revision = tokens, self.model.revision
 
     def compile(self, name: str, step: Callable, rows: int) -> Callable:
         """`step` through torch.compile, if that is asked for and pays.

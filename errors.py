@@ -59,7 +59,8 @@ def check_outputs(
             continue
         if path.is_dir() or not path.resolve().parent.is_dir():
             raise UserError(f"cannot write {path}: give a file in a folder that exists")
-        if not all(os.access(p, os.W_OK) for p in (path.parent, path) if p.exists()):
+        places = (path.parent, path.resolve().parent, path)
+        if not all(os.access(p, os.W_OK) for p in places if p.exists()):
             raise UserError(f"cannot write {path}: no permission")
         if path.exists() and not path.is_file():
             raise UserError(f"cannot write {path}: it is no plain file")

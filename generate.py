@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import tp
-from backends import check_layers, choose_kernels
+from backends import check_layers, choose_kernels, use_device
 from chat import Streamer, chat, render_chat
 from checkpoint import load_model, open_checkpoint
 from engine import (
@@ -29,7 +29,6 @@ from engine import (
 )
 from errors import (
     UserError,
-    check_device,
     check_outputs,
     check_threads,
     cli,
@@ -92,14 +91,12 @@ def load(args: argparse.Namespace, random_name: str | None = None):
 
     Of the processes of torchrun each gets its share (tp.py).
     """
-    check_device(args.device)
+    use_device(args.device)
     check_threads(args.threads)
     dtype, mode = asked_for(args)
     if random_name is not None and args.checkpoint_path:
         raise UserError("--random_weights needs no --checkpoint_path: take one of them")
     choose_kernels(args.kernels, args.device)
-    if ":" in args.device:  # Triton launches on the current one
-        torch.cuda.set_device(args.device)
     ranks = tp.start(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)

@@ -278,6 +278,7 @@ class Transformer(nn.Module):
         self.cache_length = 0
         self.register_buffer("plan", None, persistent=False)  # see `fuse`
         self.fused_rows = 0
+        self.revision = 0  # counts up where weights may have changed
         self.step_number: int | None = None
         self._step: object | None = None
         self.requires_grad_(False)
@@ -321,17 +322,25 @@ class Transformer(nn.Module):
         self.step_number, self._step = make_step(self) or (None, None)
 
     def unfuse(self) -> None:
-        """Run as modules again; what `fuse` has made is let go."""
+        """Run as modules again; what `fuse` has made, and what caches hold, is of other weights."""
         self.plan = self.step_number = self._step = None
         self.fused_rows = 0
+        self.revision += 1
 
     def _apply(self, fn, recurse=True):
-        self.unfuse()  # .to() and its like make new tensors
-        return super()._apply(fn, recurse)
-
-    def load_state_dict(self, *args, **kwargs):
+        """.to() and its like make new tensors; the angles stay in fp32."""
         self.unfuse()
-        return super().load_state_dict(*args, **kwargs)
+        rope = {name: self._buffers.pop(name, None) for name in ("rope_cos", "rope_sin")}
+        super()._apply(fn, recurse)
+        for name, angles in rope.items():
+            if angles is not None:
+                device = self.tok_embeddings.weight.device
+                self.register_buffer(name, angles.to(device), persistent=False)
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.unfuse()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def fused(self, rows: int) -> bool:
         """Whether so many rows (B T) run as one C++ operator."""

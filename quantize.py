@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import checkpoint as ckpt
 from autoquant import make_plan, read_or_make_plan
+from backends import use_device
 from calibration import LAYERS, CalibrationStream, InputStatistics, calibration_tokens
 from engine import Engine, Sampling
-from errors import UserError, check_device, check_outputs, cli, processes, progress, write_json
+from errors import UserError, check_outputs, cli, processes, progress, write_json
 from gptq import check_options
 from kernels.formats import FORMATS
 from measure import peak_memory
@@ -51,7 +52,8 @@ def quantize_(
     """Quantize, in place, every nn.Linear of any model, except those whose name `skip` picks.
 
     The model has to call its layers: one that reads their `weight` itself cannot be quantized. A
-    layer that stands in several places is quantized once. The float modes convert all of it.
+    layer that stands in several places is quantized once. The float modes convert all of it. An
+    Engine goes on with the new layers if it is its Transformer, or what holds that, that is given.
 
     Args:
         mode: as on the command line, "int4-gptq" for example.
@@ -65,7 +67,7 @@ def quantize_(
         The model; where it is an nn.Linear itself, what takes its place.
     """
     if isinstance(model, nn.Linear):
-        given = {"inputs": inputs, "skip": skip, "repack": repack, **options}
+        given = {"inputs": inputs, "skip": lambda _: skip(""), "repack": repack, **options}
         return quantize_(nn.Sequential(model), mode, groupsize, **given)[0]
     parsed = parse_mode(mode, groupsize)
     if parsed.format in FLOAT_MODES:
@@ -100,15 +102,9 @@ def places_of_linears(model: nn.Module, skip: Callable[[str], bool]) -> dict[str
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear) and not skip(name):
             places.setdefault(module, []).append(name)
-            if module.weight.dtype not in FLOAT_MODES.values():
-                dtype = module.weight.dtype
-                raise UserError(f"{name} is {dtype}: convert it to fp32, bf16 or fp16 first")
+            if (dtype := module.weight.dtype) not in FLOAT_MODES.values():
+                raise UserError(f"a layer is {dtype}: convert it to fp32, bf16 or fp16 first")
     return {names[0]: names for names in places.values()}
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """x [..., K] as [rows, K]."""
-    return x.reshape(-1, x.shape[-1])
 
 
 def _collect(
@@ -117,7 +113,7 @@ def _collect(
     """Input statistics of every linear layer over `inputs`."""
     stats = {n: InputStatistics.empty(m.in_features, m.weight.device) for n, m in linears.items()}
     hooks = [
-        m.register_forward_pre_hook(lambda _, args, s=stats[n]: s.add(rows_of(args[0])))
+        m.register_forward_pre_hook(lambda _, args, s=stats[n]: s.add(args[0]))
         for n, m in linears.items()
     ]
     try:
@@ -372,7 +368,7 @@ def main() -> None:
     source = ckpt.open_checkpoint(args.checkpoint_path)
     if source.header:
         raise UserError(f"{source.path} is quantized already: give the source model's directory")
-    check_device(args.device)
+    use_device(args.device)
     output = args.output or default_output(source, mode)
     text = None if args.calibration in ("bundled", "self") else Path(args.calibration)
     check_outputs(args.json, args.plan, replaced=output, inputs=[*source.own_files(), text])

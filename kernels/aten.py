@@ -56,7 +56,7 @@ class TinygemmWeight(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x bf16 [..., K] -> [..., N]."""
         y = torch.ops.aten._weight_int4pack_mm(
-            x.flatten(0, -2), self.tiles, self.groupsize, self.params
+            x.reshape(-1, x.shape[-1]), self.tiles, self.groupsize, self.params
         )
         y = y.view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
@@ -65,6 +65,8 @@ class TinygemmWeight(nn.Module):
 def int8_product(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] times int8 weight [N, K] and its scales [N]; in fp32, which is what the operator
     of torch 2.11 returns on a GPU for any x, whatever its fake says."""
-    y = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2).float(), weight, scales.float())
+    y = torch.ops.aten._weight_int8pack_mm(
+        x.reshape(-1, x.shape[-1]).float(), weight, scales.float()
+    )
     y = y.to(x.dtype).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias

@@ -118,7 +118,7 @@ class Float8DynamicRowLinear(Float8Linear):
 
     def scaled_mm(self, q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """The product on tensor cores; one scale per row of x and of w, or one each."""
-        q2, (weight, scales) = q.flatten(0, -2), self.scaled_weight()
+        q2, (weight, scales) = q.reshape(-1, q.shape[-1]), self.scaled_weight()
         w = weight.t()
         # Per-row scales come with bf16 output only.
         out = torch.bfloat16 if self.per_token else dtype

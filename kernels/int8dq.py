@@ -31,6 +31,6 @@ class Int8DynamicLinear(Int8Linear):
                 x, self.tiles, self.scales, self.bias, self.out_features, self.in_features
             )
         q, scale = int8_symmetric(x)
-        y = int8_matmul(q.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
+        y = int8_matmul(q.reshape(-1, q.shape[-1]), self.weight).view(*x.shape[:-1], -1)
         y = y.float() * scale * self.scales.float()
         return (y if self.bias is None else y + self.bias.float()).to(x.dtype)

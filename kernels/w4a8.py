@@ -103,7 +103,7 @@ class W4A8Linear(IntegerProduct, CodedLinear):
 
     def reference(self, x: Tensor) -> Tensor:
         q, scale = int8_symmetric(x)
-        parts = [int8_matmul(q.flatten(0, -2), self.int8_rows(r)) for r in self.panels()]
+        parts = [int8_matmul(q.reshape(-1, q.shape[-1]), self.int8_rows(r)) for r in self.panels()]
         y = torch.cat(parts, -1).view(*x.shape[:-1], -1).float() * scale * self.scales[:, 0]
         return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
 

@@ -90,11 +90,17 @@ def test_a_layer_in_several_places_is_quantized_once(mode):
     assert model[1][1] is model[0] and model[2] is model[0]
 
 
+@pytest.mark.parametrize("mode", ["int4-gptq", "autoquant", *FORMATS])
+@pytest.mark.parametrize("repack", [False, True])
 @torch.inference_mode()
-def test_a_single_layer_and_a_single_row():
+def test_a_single_layer_and_a_single_row(mode, repack):
     layer, x = nn.Linear(96, 40), torch.randn(96)
-    quantized = quantize_(layer, "int4-gptq", inputs=[(x,)])
-    assert isinstance(quantized, FORMATS["int4"]) and quantized(x).shape == (40,)
+    quantized = quantize_(layer, mode, inputs=[(x,)], repack=repack)
+    assert quantized is not layer or mode == "autoquant"
+    assert quantized(x).shape == (40,)
+
+
+def test_what_no_format_takes_is_refused():
     with pytest.raises(UserError, match=r"torch\.float64: convert it"):
         quantize_(nn.Sequential(nn.Linear(8, 8).double()), "int8")
 
@@ -114,21 +120,24 @@ def test_conversion_after_quantizing(name):
 @torch.inference_mode()
 def test_an_engine_sees_new_weights():
     """Quantized, loaded or converted behind its back."""
-    prompt, greedy = [list(range(3, 30))], Sampling(temperature=0)
+    prompt, greedy = [list(range(3, 103))], Sampling(temperature=0)
     model = random_model(CONFIGS["tiny"], None, "cpu", torch.float32)
-    engine = Engine(model, greedy, length=64)
+    engine = Engine(model, greedy, length=256)
 
     def check():
         fresh = copy.deepcopy(model)
-        engine.cached = []
-        expected = Engine(fresh, greedy, length=64).generate(prompt, 20).token_ids
+        expected = Engine(fresh, greedy, length=256).generate(prompt, 20).token_ids
         assert engine.generate(prompt, 20).token_ids == expected
         return expected
 
     texts = [check()]
     other = random_model(CONFIGS["tiny"], None, "cpu", torch.float32, seed=5)
-    model.load_state_dict(other.state_dict(), assign=True)
+    nn.ModuleList([model]).load_state_dict(
+        {f"0.{name}": tensor for name, tensor in other.state_dict().items()}, assign=True
+    )
     texts.append(check())
+    model.to(torch.float16)
+    check()
     quantize_(model, "uint2", groupsize=32)
     texts.append(check())
     assert texts[0] != texts[1] != texts[2]

@@ -1,6 +1,6 @@
 // Many rows of x against quantized weights on AMX tiles: matrices of up to 16 rows of 64 bytes.
 //
-//   int8dq        x int8, codes as they lie: four columns of 16 rows are a row of AMX's B
+//   int8dq        x int8, 5 rows and more; codes as they lie: four columns of 16 rows are a row of AMX's B
 //   the rest      x bf16, weights widened to bf16 or, where its 8 bits do not hold them, to the sum
 //                 of two bf16 numbers, whose 16 bits are more than the result's rounding shows
 //

@@ -59,7 +59,7 @@ class TritonWeight(nn.Module):
     ) -> Tensor:  # fmt: skip
         """x [..., K], times x_scale [..., 1] afterwards, plus the bias: [..., N] in `dtype`."""
         dtype = dtype or x.dtype
-        flat = x.flatten(0, -2)
+        flat = x.reshape(-1, x.shape[-1])
         rows = flat.shape[0]
         if self.kind == "sparse" and rows < DEQUANTIZE_ROWS:
             flat = sparse_columns(flat)
@@ -79,7 +79,7 @@ def float_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] times a bf16, fp16 or fp32 weight [N, K], plus the bias, for few rows."""
     none = (None,) * 7
     y = torch.ops.flatllama.triton_linear(
-        x.flatten(0, -2), weight.contiguous(), *none, bias, *weight.shape, "plain", 8, 0,
+        x.reshape(-1, x.shape[-1]), weight.contiguous(), *none, bias, *weight.shape, "plain", 8, 0,
         "none", 0, False, x.dtype,
     )  # fmt: skip
     return y.view(*x.shape[:-1], weight.shape[0])
