@@ -322,7 +322,7 @@ class Transformer(nn.Module):
         self.step_number, self._step = make_step(self) or (None, None)
 
     def unfuse(self) -> None:
-        """Run as modules again; what `fuse` has made, and what caches hold, is of other weights."""
+        """Run as modules again: what `fuse` has made, and what caches hold, is of other weights."""
         self.plan = self.step_number = self._step = None
         self.fused_rows = 0
         self.revision += 1
