@@ -56,7 +56,7 @@ def test_perplexity_against_hand_computation(tiny, ids):
 def test_log_sum_exp_of_a_large_vocabulary():
     x = torch.randn(5, 100_000) * 3
     want = x.double().logsumexp(-1, keepdim=True)
-    assert (evaluation.log_sum_exp(x) - want).abs().max() < 1e-6
+    assert (evaluation.log_sum_exp(x) - want).abs().max() < 1e-7  # in fp32: 1e-6
 
 
 def test_divergence_against_formula(tiny, ids):
