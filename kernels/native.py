@@ -35,7 +35,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx512bf16"] = [*LEVELS["avx512"], "-mavx512bf16"]
     LEVELS["amx"] = [*LEVELS["avx512bf16"], "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 # What these levels have of their own; the rest is of the levels below.
-FILES = {"avx512bf16": ("float", "halves", "level"), "amx": ("amx", "amx_few", "amx_int4", "level")}
+FILES = {"avx512bf16": ("float", "halves"), "amx": ("amx", "amx_few", "amx_int4")}
 THEIRS_ALONE = ("halves", "amx", "amx_few", "amx_int4")
 FLAGS = ["-std=c++20", "-fPIC", "-fopenmp", "-w"]
 
@@ -151,10 +151,14 @@ def _jobs(compiler: str, folder: Path) -> list[tuple[list[str], Path]]:
     return sorted(jobs, key=lambda job: not job[1].name.split(".")[0].endswith("_ops"))
 
 
+def _folder() -> Path:
+    default = Path.home() / ".cache" / "torch_extensions"
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default) / "flatllama"
+
+
 def build(compiler: str) -> Path:
     """The path of the library, built where it is not there. Of two processes the second waits."""
-    default = Path.home() / ".cache" / "torch_extensions"
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default) / "flatllama"
+    folder = _folder()
     jobs = _jobs(compiler, folder)
     names = "".join(out.name for _, out in jobs)
     library = folder / f"flatllama.{hashlib.sha256(names.encode()).hexdigest()[:16]}.so"

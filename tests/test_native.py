@@ -112,6 +112,14 @@ def test_int8_in_16_bits_is_as_good_as_exact(library):
     assert pairs < 1.01 * exact
 
 
+def test_no_kernel_file_runs_anything_when_loaded():
+    """A global's constructor, compiled for AVX-512, would end the process on a CPU without it."""
+    objects = [out for _, out in native._jobs(native.find_compiler(), native._folder())]
+    kernels = [path for path in objects if not path.name.split(".")[0].endswith("_ops")]
+    assert len(kernels) > 10
+    assert not [path.name for path in kernels if b".init_array" in path.read_bytes()]
+
+
 def test_more_rows_than_pass_at_a_time(level):
     m, n, k = 513, 40, 600  # rows go by 480, columns of a panel by 512
     x, bias, generator = make(m, n, k, torch.bfloat16)

@@ -1,4 +1,4 @@
-// Attention, the choice of level, and the read bandwidth as operators.
+// Attention and the read bandwidth as operators.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -9,98 +9,6 @@
 
 using at::Tensor;
 using OptTensor = const std::optional<Tensor>&;
-
-namespace portable { extern const Kernels kernels; }
-#if defined(__x86_64__)
-namespace avx2 { extern const Kernels kernels; }
-namespace avx512 { extern const Kernels kernels; }
-namespace avx512bf16 { extern const Kernels kernels; }
-namespace amx { extern const Kernels kernels; }
-#endif
-#if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
-namespace {
-
-// Whether this CPU has AMX with int8 and bf16 and the system lets this process use its tiles.
-bool has_amx() {
-#if defined(__x86_64__) && defined(__linux__)
-  unsigned a, b, c, d = 0;
-  constexpr unsigned kAll = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
-  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAll) == kAll &&
-         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-
-bool runs_here(const std::string& level) {
-#if defined(__x86_64__)
-  if (level == "amx") return runs_here("avx512bf16") && has_amx();
-  if (level == "avx512bf16") return runs_here("avx512") && __builtin_cpu_supports("avx512bf16");
-  if (level == "avx512")
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni");
-  if (level == "avx2")
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
-#endif
-  return level == "portable";
-}
-
-const Kernels* find_level(const std::string& level, bool emulated) {
-  if (level == "best") {
-    for (const char* name : {"amx", "avx512bf16", "avx512", "avx2"})
-      if (runs_here(name)) return find_level(name, false);
-    return &portable::kernels;
-  }
-  const Kernels* found = level == "portable" ? &portable::kernels : nullptr;
-#if defined(__x86_64__)
-  if (level == "amx") found = &amx::kernels;
-  if (level == "avx512bf16") found = &avx512bf16::kernels;
-  if (level == "avx512") found = &avx512::kernels;
-  if (level == "avx2") found = &avx2::kernels;
-#endif
-  TORCH_CHECK_VALUE(found && (emulated || runs_here(level)), "CPU level '", level,
-                    "' is unknown or this CPU lacks it: best, amx, avx512bf16, avx512, avx2 or portable");
-  return found;
-}
-
-const Kernels* current = nullptr;
-
-std::string set_cpu_level(std::string level, bool emulated) {
-  current = find_level(level, emulated);
-  return current->name;
-}
-
-}  // namespace
-
-const Kernels& kernels() { return *current; }
-
-Scratch::Scratch(int64_t bytes) {
-  constexpr int64_t kLeast = 1 << 20, kMost = 16 << 20;
-  thread_local std::unique_ptr<char[]> kept;
-  thread_local int64_t size = 0;
-  bytes = std::max(bytes, kLeast) + 64;
-  if (bytes > kMost) {
-    large_ = at::empty({bytes}, at::kByte);
-    next_ = static_cast<char*>(large_.mutable_data_ptr());
-  } else {
-    if (bytes > size) {
-      kept.reset();
-      size = 0;
-      kept.reset(new char[bytes]);
-      size = bytes;
-    }
-    next_ = kept.get();
-  }
-  next_ = reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(next_)));
-}
 
 namespace {
 
@@ -185,7 +93,6 @@ double read_bandwidth(int64_t bytes, std::optional<int64_t> threads) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(flatllama, m) {
-  m.def("set_cpu_level(str level, bool emulated=False) -> str", set_cpu_level);
   m.def("read_bandwidth(int bytes, int? threads=None) -> float", read_bandwidth);
   m.def("attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor start, Tensor? k_scale=None, "
         "Tensor? v_scale=None, float? softmax_scale=None) -> Tensor");

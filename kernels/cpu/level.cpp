@@ -1,39 +1,9 @@
-// The table of one level's kernels.
+// The table of a level that has all kernels itself. Those of others: level_ops.cpp.
 #include "level.h"
 
 #define STRING_(x) #x
 #define STRING(x) STRING_(x)
 
-#if defined(__AVX512BF16__)  // some products; the rest is that of the levels below
-namespace avx512 { extern const Kernels kernels; }
-namespace avx512bf16 {
-decltype(CPU_LEVEL::widen_rows) widen_rows;
-decltype(CPU_LEVEL::float_rows) float_rows;
-decltype(CPU_LEVEL::half_tiles) half_tiles;
-}  // namespace avx512bf16
-
-namespace CPU_LEVEL {
-static Kernels with_products() {
-  Kernels all = avx512::kernels;
-  all.name = STRING(CPU_LEVEL);
-  all.widen_rows = avx512bf16::widen_rows;
-  all.float_rows = avx512bf16::float_rows;
-  all.half_tiles = avx512bf16::half_tiles;
-#if defined(__AMX_TILE__)
-  all.widen_rows = widen_rows;
-  all.float_rows = float_rows;
-  all.int8_tiles = int8_tiles;
-  all.int8_pairs = int8_pairs;
-  all.int4_tiles = int4_tiles;
-  all.int4dq_tiles = int4dq_tiles;
-  all.bf16_panels = bf16_panels;
-  all.half_tiles = half_tiles;
-#endif
-  return all;
-}
-extern const Kernels kernels = with_products();
-}  // namespace CPU_LEVEL
-#else
 namespace CPU_LEVEL {
 extern const Kernels kernels{
     .name = STRING(CPU_LEVEL),
@@ -63,4 +33,3 @@ extern const Kernels kernels{
     .quantize_slot = quantize_slot,
 };
 }  // namespace CPU_LEVEL
-#endif

@@ -1,5 +1,7 @@
-// Weights and caches on huge pages, one layer after another: a decode step streams through all of them,
-// and pages of 4 KiB would cost it an address translation for every 64 cache lines.
+// Memory: what calls use while they run; and weights and caches on huge pages, one layer after another,
+// since a decode step streams through all of them, and pages of 4 KiB would cost it an address
+// translation for every 64 cache lines.
+#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <sys/mman.h>
 #include <torch/library.h>
@@ -7,6 +9,26 @@
 #include <mutex>
 
 #include "ops.h"
+
+Scratch::Scratch(int64_t bytes) {
+  constexpr int64_t kLeast = 1 << 20, kMost = 16 << 20;
+  thread_local std::unique_ptr<char[]> kept;
+  thread_local int64_t size = 0;
+  bytes = std::max(bytes, kLeast) + 64;
+  if (bytes > kMost) {
+    large_ = at::empty({bytes}, at::kByte);
+    next_ = static_cast<char*>(large_.mutable_data_ptr());
+  } else {
+    if (bytes > size) {
+      kept.reset();
+      size = 0;
+      kept.reset(new char[bytes]);
+      size = bytes;
+    }
+    next_ = kept.get();
+  }
+  next_ = reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(next_)));
+}
 
 namespace {
 
