@@ -6,11 +6,10 @@ The codes of a row are one little-endian bit stream of exactly n bits each (pack
 a table of 2^n numbers, the same for the whole tensor: integers for the affine formats, small
 floats for fpx and float8, the learned numbers of a codebook.
 
-One C++ product serves all of them (cpu/coded.cpp). Its tiles are the canonical rows, 16 at a time,
-their 32-bit words interleaved: 32 columns of a row are n words, so each vector lane walks the
-stream of its own row. Integers and floats of less than 8 bits are laid out in bit planes instead,
-from which four columns are taken at once: by VNNI in AVX-512 (integers, cpu/planes.cpp), by AMX
-(floats, cpu/amx_few.cpp). Few rows of x stream the codes and widen them in registers; many rows
+One C++ product serves all of them (cpu/coded.cpp). Its tiles hold 16 rows, whose codes lie in bit
+planes, so that four columns of all 16 are taken at once: by VNNI in AVX-512 (cpu/planes.cpp; 2:4
+codes cpu/sparse.cpp), by AMX (floats, cpu/amx_few.cpp). Codes of 8 bits lie as they are, four
+columns of a row in a word. Few rows of x stream the codes and widen them in registers; many rows
 widen a panel of the weight at a time. The whole weight is never dequantized.
 """
 
@@ -36,10 +35,10 @@ def interleave_rows(x: Tensor, width: int) -> Tensor:
     return x.unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
 
 
-def stream_tiles(packed: Tensor, words: int) -> Tensor:
-    """Rows of bytes [N, C] as int32 lanes [ceil(N / 16), W, 16], W a multiple of `words`."""
-    padded = F.pad(packed, (0, -packed.shape[1] % 4))
-    return interleave_rows(padded.contiguous().view(torch.int32), words)
+def byte_tiles(codes: Tensor) -> Tensor:
+    """Codes of 8 bits [N, K] as int32 lanes of four columns, [ceil(N / 16), 8 ceil(K / 32), 16]."""
+    padded = F.pad(codes.view(torch.uint8), (0, -codes.shape[1] % 4))
+    return interleave_rows(padded.contiguous().view(torch.int32), 8)
 
 
 def plane_tiles(packed: Tensor, bits: int, columns: int) -> Tensor:
@@ -78,7 +77,7 @@ class CodedLinear(QuantizedLinear):
     bits: int
     has_zeros = False
     exponent_bits = 0  # of codes that are small floats: sign, exponent, mantissa
-    planes = False  # whether tiles are bit planes, of neighbouring integers or of small floats
+    integers = False  # whether codes stand for neighbouring integers
     activations = 0  # quantized by the product: one of activations.py's ways, or not
     groupsizes = (32, 64, 128, 256)
 
@@ -175,10 +174,10 @@ class CodedLinear(QuantizedLinear):
 
     def make_tiles(self) -> None:
         """The canonical buffers as tiles of 16 rows; see the top of the file."""
-        if self.planes:
+        if self.bits < 8:
             self.tiles = plane_tiles(self.weight, self.bits, self.in_features)
         else:
-            self.tiles = stream_tiles(self.weight.view(torch.uint8), self.bits)
+            self.tiles = byte_tiles(self.weight)
         self.tile_scales = interleave_rows(self.scales, 1)
         self.lookup = self.table().float()
         if self.has_zeros:
@@ -198,7 +197,7 @@ class CodedLinear(QuantizedLinear):
         shape = [self.out_features, self.in_features]
         return tensors, [
             4, *shape, self.bits, self.groupsize, self.exponent_bits, self.activations,
-            int(self.planes), int(native.exact_activations()),
+            int(self.integers), int(native.exact_activations()),
         ]  # fmt: skip
 
     def product(self, x: Tensor) -> Tensor:
@@ -206,7 +205,7 @@ class CodedLinear(QuantizedLinear):
         return torch.ops.flatllama.coded_linear(
             x, self.tiles, self.tile_scales, self.tile_zeros, self.tile_positions, self.lookup,
             self.bias, self.out_features, self.in_features, self.bits, self.groupsize,
-            self.exponent_bits, self.activations, self.planes, native.exact_activations(),
+            self.exponent_bits, self.activations, self.integers, native.exact_activations(),
         )  # fmt: skip
 
     def reference(self, x: Tensor) -> Tensor:
@@ -228,8 +227,6 @@ class IntegerProduct:
     Without `tile_scales` a group's scale applies to its sum. With them, fp32 [N], it takes the
     codes to integers of 8 bits, and `tile_scales` takes those to the weight.
     """
-
-    planes = False
 
     def make_integer_tiles(self, scales: Tensor, groupsize: int) -> None:
         """Tiles of `weight` and the groups' scales [N, G]: bf16, or fp16 with `tile_scales`."""

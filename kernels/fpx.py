@@ -85,7 +85,7 @@ def float_format(name: str, exponent_bits: int, mantissa_bits: int) -> type[Floa
         (FloatLinear,),
         {
             "name": name, "exponent_bits": exponent_bits, "mantissa_bits": mantissa_bits,
-            "bits": 1 + exponent_bits + mantissa_bits, "planes": exponent_bits + mantissa_bits < 7,
+            "bits": 1 + exponent_bits + mantissa_bits,
             "__doc__": f"e{exponent_bits}m{mantissa_bits}.",
         },
     )  # fmt: skip

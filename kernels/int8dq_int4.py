@@ -48,7 +48,7 @@ class Int8DynamicInt3Linear(CodedLinear):
 
     name, bits = "int8dq-int3", 3
     default_groupsize = 128
-    planes = True
+    integers = True
     activations = ASYMMETRIC
     quantize_input = staticmethod(int8_asymmetric)
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import affine
-from kernels.coded import CodedLinear, stream_tiles
+from kernels.coded import CodedLinear, interleave_rows, plane_tiles
 from kernels.cuda.layout import sparse_planes
 from kernels.int8dq_int4 import SymmetricGrid
 from kernels.linear import Params
@@ -101,7 +101,10 @@ class Int4Sparse24Linear(CodedLinear):
         return sparse_planes(self.weight, self.positions)
 
     def make_tiles(self) -> None:
-        super().make_tiles()
-        self.tiles = stream_tiles(self.weight, 2)  # 32 columns: 2 words of codes, 1 of positions
-        self.tile_positions = stream_tiles(self.positions, 1)
+        """Kept codes as signed numbers, so that what fills a tile up is 0, and positions."""
+        kept = 2 * self.row_bytes()
+        self.tiles = plane_tiles(self.weight ^ 0x88, 4, kept)
+        self.tile_positions = plane_tiles(self.positions, 2, kept)
+        self.tile_scales = interleave_rows(self.scales, 1)
+        self.lookup = self.table()
         self.positions = None

@@ -47,7 +47,7 @@ class UintLinear(CodedLinear):
     """Buffers: weight, zeros uint8 [N, ceil(K n / 8)], [N, ceil(G n / 8)]; scales bf16 [N, G]."""
 
     default_groupsize = 64
-    has_zeros = planes = True
+    has_zeros = integers = True
 
     def grid(self) -> UintGrid:
         return UintGrid(self.bits, self.groupsize)

@@ -52,7 +52,7 @@ def library():
     native.set_cpu_level("best")
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["avx512vbmi", "avx512", "avx2", "portable"])
 def level(request, library):
     """Each level of the CPU kernels that this CPU runs."""
     try:

@@ -106,18 +106,58 @@ def test_many_rows_of_bf16(name, exact):
             assert (module(x) - want).norm() / want.norm() < 2**-8, (k, n, rows)
 
 
+@pytest.fixture(params=["best", "avx512vbmi", "avx512"])
+def rounding_level(request, library):
+    """Each level that rounds activations of weight-only formats to 16 bits."""
+    try:
+        yield native.set_cpu_level(request.param)
+    except (ValueError, RuntimeError):
+        pytest.skip(f"this CPU has no {request.param}")
+    native.set_cpu_level("best")
+
+
+IN_16_BITS = [*(f"uint{n}" for n in range(1, 8)), "int8dq-int3", "codebook4", "int4-sparse24"]
+
+
 @pytest.mark.parametrize("groupsize", [0, 32, 64, 96, 256])
-@pytest.mark.parametrize("name", [*(f"uint{n}" for n in range(1, 8)), "int8dq-int3"])
-def test_integers_in_planes(name, groupsize):
-    """With activations in 16 bits: as near to fp64 as the result's rounding to bf16 allows."""
-    for k, n in ((203, 50), (640, 33), (96, 16)):
-        module, *_ = quantized(name, random_weight(n, k), groupsize=groupsize)
-        weight = module.dequantize().double()
-        module.repack()
-        for rows in (1, 2, 5, 16):
-            x = torch.randn(rows, k).bfloat16()
-            want = module.rounded_input(x) @ weight.t()
-            assert (module(x) - want).norm() / want.norm() < 2**-8, (k, n, rows)
+@pytest.mark.parametrize("name", IN_16_BITS)
+def test_activations_in_16_bits(name, groupsize, rounding_level):
+    """As near to fp64 as the result's rounding allows."""
+    for k, n in ((203, 50), (640, 33), (96, 16), (672, 17)):
+        for dtype, error in ((torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
+            module, *_ = quantized(name, random_weight(n, k), dtype=dtype, groupsize=groupsize)
+            weight = module.dequantize().double()
+            module.repack()
+            for rows in (1, 2, 5, 16):
+                x = torch.randn(rows, k).to(dtype)
+                want = module.rounded_input(x) @ weight.t()
+                assert (module(x) - want).norm() / want.norm() < error, (k, n, rows, dtype)
+
+
+LOOKED_UP = [f.name for f in FLOAT_FORMATS if f.exponent_bits <= 3 and f.bits <= 6]
+
+
+@pytest.mark.parametrize("name", ["codebook4", "int4-sparse24", *LOOKED_UP])
+def test_each_byte_of_values_and_activations_counts(name, rounding_level):
+    """Codes in every column times 3, a low byte beside a large number, which meets a 0."""
+    k, cls = 96, FORMATS[name]
+    module = cls(k, 64, dtype=torch.float16)
+    count = 2**module.bits
+    codebook = torch.tensor([0, 1, -1, 200, -200, *range(3000, 33000, 3000), 32767]) / 32767
+    zero = 8 if name == "int4-sparse24" else 0
+    codes = (torch.arange(64)[:, None] + torch.arange(k)) % count
+    codes[:, -1] = zero
+    if name == "int4-sparse24":  # columns n and n + 1 of each four, n + 2 ... are pruned
+        codes[(torch.arange(64)[:, None] + torch.arange(k)) % 4 > 1] = zero
+    params = {"scales": torch.ones_like(module.scales, dtype=torch.float32), "codebook": codebook}
+    module.pack(codes.to(torch.uint8), params)
+    want = 3 * module.dequantize().double().t()
+    module.repack()
+    x = 3 * torch.eye(k)
+    x[:, -1] = 32512
+    for rows in (1, 2, 3, 16):
+        y = torch.cat([module(part.half()) for part in x[:-1].split(rows)])
+        torch.testing.assert_close(y.double(), want[:-1], rtol=2**-11, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["common", "all", "subnormal"])

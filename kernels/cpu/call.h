@@ -15,10 +15,11 @@ using OptTensor = const std::optional<Tensor>&;
 // The n-bit weight of a product whose k, n and types are set; tensors as the modules repack them.
 Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& scales,
                      OptTensor zeros, OptTensor positions, const Tensor& table, int64_t bits,
-                     int64_t group, int64_t exponent_bits, bool planes);
+                     int64_t group, int64_t exponent_bits, bool integers);
 // How few rows of x meet an n-bit weight: in fp32, in pairs of int8, or in bf16.
 enum class Meets { fp32, pairs, bf16 };
-Meets how_meets(const Coded& c, int64_t activations, bool exact);  // activations: as in round_rows
+// activations: as in round_rows
+Meets how_meets(const Coded& c, int64_t rows, int64_t activations, bool exact);
 void coded_product(const Coded& c, Meets how, int64_t tile0, int64_t tile1);
 // x [m, k] in the form of the n-bit products, in scratch of coded_bytes.
 int64_t coded_bytes(const Linear& a);

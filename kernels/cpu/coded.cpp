@@ -1,8 +1,6 @@
 // y = x W^T with n-bit codes, w = (value(code) - zero) * scale: integers, small floats, a codebook.
 //
-// Tile t holds output rows 16 t .. 16 t + 15; 32 columns are n words of 32 bits per row, word by
-// word for the 16 rows: each vector lane walks the bit stream of its row (8 bits, and the 4 of a
-// codebook and of sparse codes), or its planes (coded.h).
+// Tile t holds output rows 16 t .. 16 t + 15, its codes as coded.h says.
 // 32 columns at a time are widened into a block of fp32 that stays in the nearest cache, and every
 // row of x meets it there.
 // With zeros, sum x w = scale * (sum x value - zero * sum x) over each group.
@@ -15,13 +13,7 @@ INLINE vu moved(vu v, int from, int to) {
   return to == from ? v : to < from ? v >> (from - to) : v << (to - from);
 }
 
-// 4-bit code `i` of a stream, part p of its 16 rows, in the lowest bits; above it anything.
-template <int i>
-INLINE vu nibble(const uint32_t* words, int p) {
-  return moved(load<vu>(words + i / 8 * 16 + p * kLanes), i % 8 * 4, 0);
-}
-
-// Code `i` of a block in bytes or planes, its lowest bit at bit `to`; around it anything.
+// Code `i` of a block, its lowest bit at bit `to`; around it anything.
 template <int Bits, int i>
 INLINE vu code(const uint32_t* words, int p, int to) {
   return moved(four_codes<Bits, i / 4>(words, p), i % 4 * 8, to);
@@ -35,8 +27,8 @@ INLINE vf smaller(vf a, vf b) {
 #endif
 }
 
-// 4-bit integers of a stream, integers in planes, small floats, a free table of 16 values.
-enum Kind { kInteger, kPlanes, kFloat, kTable };
+// Integers, small floats, a free table of 16 values.
+enum Kind { kInteger, kFloat, kTable };
 
 // What a code of `Bits` bits stands for; of a small float, 1 sign, E exponent, M mantissa bits.
 // All constants are held here so that they stay in registers: stores of values could change `c`.
@@ -55,10 +47,10 @@ struct Value {
     if constexpr (kind == kFloat && !kLookup) return SmallFloat<E>::kFactor;
     return 1;
   }
-  float base, from;
+  float from;
   const float* table;
 
-  explicit Value(const Coded& c) : base(c.table[0]), from(8388608 - c.table[0]), table(c.table) {
+  explicit Value(const Coded& c) : from(8388608 - c.table[0]), table(c.table) {
 #if defined(__AVX512F__)
     low = _mm512_loadu_ps(c.table);
     high = _mm512_loadu_ps(c.table + 16);
@@ -99,10 +91,7 @@ struct Value {
   // Of code `i` of a block, part p of its rows.
   template <int i>
   INLINE vf at(const uint32_t* words, int p) const {
-    constexpr bool stream = kind == kTable || kind == kInteger;
-    if constexpr (stream && kLookup) return lookup(nibble<i>(words, p));
-    else if constexpr (stream) return to_float((vi)(nibble<i>(words, p) & 15)) + base;
-    else if constexpr (kLookup) return lookup(code<Bits, i>(words, p, 0));
+    if constexpr (kLookup) return lookup(code<Bits, i>(words, p, 0));
     else if constexpr (kind == kFloat) return small_float<i>(words, p);
     else  // the last bits of 2^23 + code
       return (vf)blend(code<Bits, i>(words, p, 0), 255, vu{} + 0x4b000000u) - from;
@@ -193,16 +182,25 @@ static void dot(const Coded& c, const uint32_t* words, const uint32_t*, int64_t 
   for (int p = 0; p < kParts; p++) add_to(sums, p, acc[p][0], acc[p][1], acc[p][2], acc[p][3]);
 }
 
-// Of each 4 columns 2 are kept: 4-bit codes 2 q, 2 q + 1 and positions of 2 bits each.
+// Of 2:4 codes `which` (0 or 1) of columns 4 q .. 4 q + 3 of a block of columns: its number, and its place
+// among the four, above which there is anything. In planes (coded.h).
+template <int q, int which>
+INLINE vf kept(const uint32_t* words, int p) {
+  constexpr int step = q / 2, bit = q % 2 * 16 + which * 8 + step % 2 * 4;
+  return to_float((vi)moved(load<vu>(words + step / 2 * 16 + p * kLanes), bit, 28) >> 28);
+}
+template <int q, int which>
+INLINE vu place(const uint32_t* positions, int p) {
+  return moved(load<vu>(positions + p * kLanes), q % 2 * 16 + which * 8 + q / 2 * 2, 0);
+}
+
 static void decode_sparse(const Coded& c, const uint32_t* words, const uint32_t* positions,
                           float* out) {
-  const Value<kInteger, 4> value(c);
   unrolled<0, kBlock / 4>([&](auto q) __attribute__((always_inline)) {
     for (int p = 0; p < kParts; p++) {
-      vu where = load<vu>(positions + p * kLanes) >> (4 * q.value);
-      vi first = (vi)(where & 3), second = (vi)((where >> 2) & 3);
-      vf a = value.at<2 * q.value>(words, p);
-      vf b = value.at<2 * q.value + 1>(words, p);
+      const vi first = (vi)(place<q.value, 0>(positions, p) & 3);
+      const vi second = (vi)(place<q.value, 1>(positions, p) & 3);
+      const vf a = kept<q.value, 0>(words, p), b = kept<q.value, 1>(words, p);
       UNROLL
       for (int j = 0; j < 4; j++) {
         vf none{};
@@ -228,20 +226,17 @@ INLINE vf pick4(const float* x, vu v) {
 
 static void dot_sparse(const Coded& c, const uint32_t* words, const uint32_t* positions,
                        int64_t blocks, const float* x, float* sums) {
-  const Value<kInteger, 4> value(c);
   vf acc[kParts][4] = {};
   for (int64_t b = 0; b < blocks; b++, words += 2 * 16, positions += 16, x += kBlock) {
     ask(words, 2);
     ask(positions, 1);
-    for (int p = 0; p < kParts; p++) {
-      const vu where = load<vu>(positions + p * kLanes);
+    for (int p = 0; p < kParts; p++)
       unrolled<0, kBlock / 4>([&](auto q) __attribute__((always_inline)) {
-        constexpr int i = 2 * q.value;
+        constexpr int i = q.value % 2 * 2;
         const float* four = x + 4 * q.value;
-        acc[p][i % 4] += value.at<i>(words, p) * pick4(four, where >> (2 * i));
-        acc[p][i % 4 + 1] += value.at<i + 1>(words, p) * pick4(four, where >> (2 * i + 2));
+        acc[p][i] += kept<q.value, 0>(words, p) * pick4(four, place<q.value, 0>(positions, p));
+        acc[p][i + 1] += kept<q.value, 1>(words, p) * pick4(four, place<q.value, 1>(positions, p));
       });
-    }
   }
   for (int p = 0; p < kParts; p++) add_to(sums, p, acc[p][0], acc[p][1], acc[p][2], acc[p][3]);
 }
@@ -255,9 +250,9 @@ constexpr Decoder kSmallFloat = kDecoder<kFloat, 1 + E + M, E>;
 static Decoder choose(const Coded& c) {
   if (c.positions) return {decode_sparse, dot_sparse, 1};
   static constexpr Decoder none{nullptr, nullptr, 0};
-  static constexpr Decoder planes[] = {
-      kDecoder<kPlanes, 1>, kDecoder<kPlanes, 2>, kDecoder<kPlanes, 3>, kDecoder<kPlanes, 4>,
-      kDecoder<kPlanes, 5>, kDecoder<kPlanes, 6>, kDecoder<kPlanes, 7>};
+  static constexpr Decoder integers[] = {
+      kDecoder<kInteger, 1>, kDecoder<kInteger, 2>, kDecoder<kInteger, 3>, kDecoder<kInteger, 4>,
+      kDecoder<kInteger, 5>, kDecoder<kInteger, 6>, kDecoder<kInteger, 7>};
   static constexpr Decoder floats[4][5] = {  // [E - 2][M - 1]
       {kSmallFloat<2, 1>, kSmallFloat<2, 2>, kSmallFloat<2, 3>, kSmallFloat<2, 4>,
        kSmallFloat<2, 5>},
@@ -265,7 +260,7 @@ static Decoder choose(const Coded& c) {
       {kSmallFloat<4, 1>, kSmallFloat<4, 2>, kSmallFloat<4, 3>, none, none},
       {kSmallFloat<5, 1>, kSmallFloat<5, 2>, none, none, none}};
   if (c.exponent_bits) return floats[c.exponent_bits - 2][c.bits - c.exponent_bits - 2];
-  return c.integers ? planes[c.bits - 1] : kDecoder<kTable, 4>;
+  return c.integers ? integers[c.bits - 1] : kDecoder<kTable, 4>;
 }
 
 static void decode(const Coded& c, const Decoder& f, const Tile& tile, int64_t block, float* out) {
@@ -345,7 +340,7 @@ void coded_widen(const Coded& c, int64_t tile0, int64_t tile1, int64_t k0, int64
   for (int64_t t = tile0; t < tile1; t++) {
     const Tile tile(c, t);
     for (int64_t k = k0; k < k1; k += kBlock) {
-      const int64_t g = k / c.a.group;
+      const int64_t g = min(k / c.a.group, c.a.groups - 1);
       decode(c, f, tile, k / kBlock, block);
       for (int p = 0; p < kParts; p++) {
         const vf scale = tile.scale(c, g, p) * f.factor, zero = tile.zero(g, p);

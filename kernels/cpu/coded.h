@@ -1,10 +1,14 @@
 // What the products of n-bit codes share: where a tile's parts lie, and codes out of bit planes.
 //
-// Integers and small floats of n < 8 bits lie in planes: 32 columns of 16 rows are n lines of 64
-// bytes, 4 of them with the codes' lowest 4 bits, 2 with the next 2, 1 with the next, as n is a sum
-// of these. Byte 4 r + i of a line belongs to row r and the columns i, 4 + i, 8 + i ...: as many as
-// it has room for, the first one lowest. So shifts by constants bring four columns of all rows into
-// the bytes of a vector, the form of the VNNI product.
+// Codes of n < 8 bits lie in planes: 32 columns of 16 rows are n lines of 64 bytes, 4 of them with the
+// codes' lowest 4 bits, 2 with the next 2, 1 with the next, as n is a sum of these. Byte 4 r + i of a
+// line belongs to row r and the columns i, 4 + i, 8 + i ...: as many as it has room for, the first one
+// lowest. So shifts by constants bring four columns of all rows into the bytes of a vector, the form of
+// the VNNI product. Codes of 8 bits are such bytes themselves.
+//
+// Of 2:4 codes only the kept half is there, as signed numbers, in planes like other codes of 4 bits; in
+// `positions` are their columns among four, in planes like codes of 2 bits. So four codes are of eight
+// columns, bytes 0 and 1 of the first four, and a block of codes is two blocks of columns.
 #pragma once
 #include "level.h"
 

@@ -1,6 +1,8 @@
 // The product with an n-bit weight as an operator.
 #include <torch/library.h>
 
+#include <cmath>
+
 #include "call.h"
 
 namespace {
@@ -13,11 +15,26 @@ const void* data(OptTensor t, at::ScalarType type, int64_t count, const char* na
   return t->const_data_ptr();
 }
 
+// The bytes of values that are looked up: of small floats, multiples of their smallest one, where 16 bits
+// have room for all; the numbers of a table to the nearest 2^-15 of its largest.
+void set_bytes(Coded& c, const float* values) {
+  if (c.integers || c.bits > 6 || c.exponent_bits > 3) return;
+  const int count = 1 << c.bits;
+  float most = 0;
+  for (int i = 0; i < count; i++) most = std::max(most, std::abs(values[i]));
+  c.unit = c.exponent_bits ? values[1] : most > 0 ? most / 32767 : 1;
+  for (int i = 0; i < 64; i++) {
+    const int value = int(std::nearbyint(values[i % count] / c.unit)) + 32768;
+    c.low[i] = uint8_t(value);
+    c.high[i] = uint8_t(value >> 8);
+  }
+}
+
 }  // namespace
 
 Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& scales,
                      OptTensor zeros, OptTensor positions, const Tensor& table, int64_t bits,
-                     int64_t group, int64_t exponent_bits, bool planes) {
+                     int64_t group, int64_t exponent_bits, bool integers) {
   TORCH_CHECK_VALUE(bits >= 1 && bits <= 8 && exponent_bits >= 0 && exponent_bits <= 5 &&
                         (!exponent_bits || (exponent_bits >= 2 && exponent_bits <= bits - 2)),
                     "no such format: ", bits, " bits, of them ", exponent_bits, " exponent");
@@ -25,9 +42,10 @@ Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& s
                     " is not a multiple of 32");
   Coded c{product};
   Linear& a = c.a;
-  a.kpad = div_up(a.k, 32) * 32;
+  const int64_t whole = positions ? 64 : 32;  // columns of a block of codes
+  a.kpad = div_up(a.k, whole) * whole;
   a.group = group >= a.k ? std::max<int64_t>(a.kpad, 32) : group;
-  a.groups = div_up(a.kpad, a.group);
+  a.groups = div_up(a.k, a.group);
   const int64_t rows = div_up(a.n, 16) * 16, blocks = a.kpad / 32;
   c.bits = int(bits);
   c.exponent_bits = int(exponent_bits);
@@ -40,31 +58,33 @@ Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& s
   const auto* values =
       static_cast<const float*>(data(table, at::kFloat, int64_t(1) << bits, "table"));
   for (int i = 0; i < 32; i++) c.table[i] = values[i % (1 << bits)];
-  c.integers = planes && !exponent_bits;
-  TORCH_CHECK_VALUE(planes || exponent_bits || bits == 4, "a free table has 16 values");
-  TORCH_CHECK_VALUE(!exponent_bits || planes == (bits < 8), "small floats of less than 8 bits, and no "
-                    "others, lie in planes");
-  bool even = bits < 8 && !positions;
+  c.integers = integers;
+  TORCH_CHECK_VALUE(integers || exponent_bits || bits == 4, "a free table has 16 values");
+  bool even = bits < 8 && !positions && !exponent_bits;
   for (int i = 0; i < 1 << bits; i++) even &= values[i] == values[0] + float(i);
-  TORCH_CHECK_VALUE(even || !c.integers, "planes are of integers or small floats");
-  a.block = c.integers && a.group % kPairBlock && a.groups > 1 ? 32 : kPairBlock;
+  TORCH_CHECK_VALUE(even || !integers, "the table is not of neighbouring integers");
+  set_bytes(c, values);
+  a.block = a.group % kPairBlock && a.groups > 1 ? 32 : kPairBlock;
   a.blocks = div_up(a.kpad, a.block);
   return c;
 }
 
-Meets how_meets(const Coded& c, int64_t activations, bool exact) {
-  if (c.integers && kernels().plane_pairs &&
-      (activations == 1 || (!activations && in_pairs(c.a.type, exact))))
-    return Meets::pairs;
-  if (c.exponent_bits && !c.zeros && c.a.groups == 1 && kernels().half_tiles &&
-      (activations || c.a.type == Type::bf16))
-    return Meets::bf16;  // rounded x is of bf16 numbers: e4m3, or integers up to 255
-  return Meets::fp32;
+Meets how_meets(const Coded& c, int64_t rows, int64_t activations, bool exact) {
+  const Kernels& k = kernels();
+  const bool pairs = !activations && in_pairs(c.a.type, exact);
+  if (c.integers && k.plane_pairs && (pairs || activations == 1)) return Meets::pairs;
+  // rounded x is of bf16 numbers: e4m3, or integers up to 255
+  const bool bf16 = c.exponent_bits && !c.zeros && c.a.groups == 1 && k.half_tiles &&
+                    (activations || c.a.type == Type::bf16);
+  const bool on_amx = bf16 && k.bf16_panels && rows > 2;  // 16 rows take little longer than one
+  const bool looked_up = c.unit && c.bits <= k.lookup_bits;
+  if (pairs && (c.positions || looked_up) && !on_amx) return Meets::pairs;
+  return bf16 ? Meets::bf16 : Meets::fp32;
 }
 
 void coded_product(const Coded& c, Meets how, int64_t tile0, int64_t tile1) {
   const Kernels& k = kernels();
-  (how == Meets::pairs  ? k.plane_pairs
+  (how == Meets::pairs  ? c.positions ? k.sparse_pairs : k.plane_pairs
    : how == Meets::bf16 ? k.half_tiles
                         : k.coded_tiles)(c, tile0, tile1);
 }
@@ -125,14 +145,15 @@ void read_coded(Coded& c, const void* x, int64_t activations, Meets how, char* s
   }
   Quantized q{reinterpret_cast<int8_t*>(narrow),
               reinterpret_cast<float*>(take(a.m * a.blocks * 4)),
-              reinterpret_cast<int32_t*>(take(a.m * a.blocks * 4)), sums, int32_t(-c.table[0]),
-              Rounding::pairs};
+              reinterpret_cast<int32_t*>(take(a.m * a.blocks * 4)), sums,
+              c.integers ? int32_t(-c.table[0]) : 128, Rounding::pairs};
   Linear from = a;
   if (activations) {
     from.type = Type::fp32;
     from.k = a.kpad;
   }
   kernels().quantize_rows(activations ? wide : x, from, q, 0, a.m);
+  for (int64_t i = 0; c.positions && i < 2 * a.m * a.kpad; i++) q.xq[i] ^= int8_t(-128);
   a.xq = q.xq;
   a.xs = q.xs;
   a.offset = q.offset;
@@ -164,16 +185,16 @@ void through_wide_panels(Call& call, const Coded& c, const Tensor& rows) {
 Tensor coded_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, OptTensor zeros,
                     OptTensor positions, const Tensor& table, OptTensor bias, int64_t n, int64_t k,
                     int64_t bits, int64_t group, int64_t exponent_bits, int64_t activations,
-                    bool planes, bool exact) {
+                    bool integers, bool exact) {
   TORCH_CHECK_VALUE(activations >= 0 && activations <= 3, "no such activations");
   Call call(x, bias, std::nullopt, n, k);
   Coded c = describe_coded(call.a, tiles, scales, zeros, positions, table, bits, group,
-                           exponent_bits, planes);
+                           exponent_bits, integers);
   if (call.empty()) return call.y;
   Linear& a = c.a;
   const char* from = static_cast<const char*>(call.x.const_data_ptr());
   if (a.m <= kFewRows) {  // stream the codes, each thread its tiles
-    const Meets how = how_meets(c, activations, exact);
+    const Meets how = how_meets(c, a.m, activations, exact);
     Scratch scratch(coded_bytes(a));
     read_coded(c, from, activations, how, scratch.take<char>(coded_bytes(a)));
     call.over_tiles((positions ? 3 : bits) * a.kpad * 2,
@@ -209,7 +230,7 @@ Tensor coded_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, 
 TORCH_LIBRARY_FRAGMENT(flatllama, m) {
   m.def("coded_linear(Tensor x, Tensor tiles, Tensor scales, Tensor? zeros, "
         "Tensor? positions, Tensor table, Tensor? bias, int N, int K, int bits, int groupsize, "
-        "int exponent_bits, int activations, bool planes=False, bool exact=False) -> Tensor");
+        "int exponent_bits, int activations, bool integers, bool exact) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(flatllama, CPU, m) { m.impl("coded_linear", coded_linear); }

@@ -1,5 +1,4 @@
-// What the operators (*_ops.cpp) and the kernels of one level (portable, AVX2, AVX-512, AVX-512 BF16,
-// AMX) know of each other.
+// What the operators (*_ops.cpp) and the kernels of one level (native.py) know of each other.
 #pragma once
 #include <stdint.h>
 
@@ -66,13 +65,16 @@ constexpr int64_t attention_scratch(int64_t d) {
 // what quantize_rows leaves.
 struct Coded {
   Linear a;
-  const uint32_t* codes;        // [tiles, words, 16]: 32 columns are `bits` words
+  const uint32_t* codes;        // [tiles, words, 16]: 32 columns are `bits` words, of sparse codes 2
   const uint32_t* positions;    // [tiles, blocks of 32 columns, 16] or null: 2:4 sparse codes
   const void* scales;           // [tiles, groups, 16]
   const uint8_t* zeros;         // [tiles, groups, 16] or null
   float table[32];              // value of the code's low 5 bits
   int bits, exponent_bits;      // exponent_bits > 0: codes are small floats
-  bool integers;                // in bit planes (coded.h): value = code + table[0]
+  bool integers;                // value = code + table[0]
+  // else, of codes of up to 6 bits: value ~ unit * (256 high + low - 32768), the bytes of each code
+  uint8_t low[64], high[64];
+  float unit;
   Type scale_type;
 };
 
@@ -100,8 +102,10 @@ struct Kernels {
   // 2: to e4m3; 3: to e4m3, all rows with one scale
   void (*round_rows)(float* x, int64_t m, int64_t k, int64_t kpad, int mode, float* scales);
   void (*coded_tiles)(const Coded&, int64_t tile0, int64_t tile1);
-  // of planes, x in pairs of int8; null where coded_tiles is as fast
+  // x in pairs of int8; null where coded_tiles is as fast. Of sparse codes x is unsigned: plus 128
   void (*plane_pairs)(const Coded&, int64_t tile0, int64_t tile1);
+  void (*sparse_pairs)(const Coded&, int64_t tile0, int64_t tile1);
+  int lookup_bits;  // of codes up to so many bits plane_pairs looks values up
   // of small floats, a group a row, x [m, kpad] in bf16, of each four columns the middle two swapped;
   // null without AVX-512 BF16
   void (*half_tiles)(const Coded&, int64_t tile0, int64_t tile1);

@@ -20,6 +20,8 @@ extern const Kernels kernels{
     .round_rows = round_rows,
     .coded_tiles = coded_tiles,
     .plane_pairs = kLanes == 16 ? plane_pairs : nullptr,
+    .sparse_pairs = kLanes == 16 ? sparse_pairs : nullptr,
+    .lookup_bits = kLookupBits,
     .half_tiles = nullptr,
     .coded_widen = coded_widen,
     .attend = attend,

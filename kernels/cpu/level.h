@@ -21,6 +21,7 @@ void bf16_panels(const Coded&, Format, int64_t panel0, int64_t panel1);
 void round_rows(float* x, int64_t m, int64_t k, int64_t kpad, int mode, float* scales);
 void coded_tiles(const Coded&, int64_t tile0, int64_t tile1);
 void plane_pairs(const Coded&, int64_t tile0, int64_t tile1);
+void sparse_pairs(const Coded&, int64_t tile0, int64_t tile1);
 void half_tiles(const Coded&, int64_t tile0, int64_t tile1);
 void coded_widen(const Coded&, int64_t tile0, int64_t tile1, int64_t k0, int64_t k1, int64_t stride,
                  float* out);
@@ -37,6 +38,15 @@ float quantize_slot(const void*, Type, int64_t d, Type scale_type, int8_t*);
 
 constexpr int kInt4Params = 64;  // bytes of the scales and zeros of a group
 INLINE int64_t int4_tile_bytes(const Linear& a) { return a.kpad * 8 + a.groups * kInt4Params; }
+
+// Bits of the codes whose values a byte permutation looks up.
+#if defined(__AVX512VBMI__)
+constexpr int kLookupBits = 6;
+#elif defined(__AVX512BW__)
+constexpr int kLookupBits = 4;
+#else
+constexpr int kLookupBits = 0;
+#endif
 
 constexpr int kTiles = kLanes == 16 ? 2 : 1;  // tiles and rows of x whose sums fit the registers
 constexpr int kRows = kLanes == 16 ? 6 : 2;

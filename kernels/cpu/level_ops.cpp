@@ -20,6 +20,9 @@ namespace avx512 { extern const Kernels kernels; }
 
 // Functions of the types of the table's entries.
 #define KERNEL(name) std::remove_pointer_t<decltype(Kernels::name)> name;
+namespace avx512vbmi {
+KERNEL(plane_pairs)
+}
 namespace avx512bf16 {
 KERNEL(widen_rows) KERNEL(float_rows) KERNEL(half_tiles)
 }
@@ -33,8 +36,20 @@ KERNEL(int8_tiles) KERNEL(int8_pairs) KERNEL(int4_tiles) KERNEL(int4dq_tiles)
 namespace {
 
 #if defined(__x86_64__)
-Kernels with_bf16() {
+bool has_vbmi() {
+  return __builtin_cpu_supports("avx512vbmi");
+}
+
+Kernels with_vbmi() {
   Kernels all = avx512::kernels;
+  all.name = "avx512vbmi";
+  all.plane_pairs = avx512vbmi::plane_pairs;
+  all.lookup_bits = 6;
+  return all;
+}
+
+Kernels with_bf16() {  // a CPU that has BF16 may lack VBMI
+  Kernels all = has_vbmi() ? with_vbmi() : avx512::kernels;
   all.name = "avx512bf16";
   all.widen_rows = avx512bf16::widen_rows;
   all.float_rows = avx512bf16::float_rows;
@@ -73,6 +88,7 @@ bool has_amx() {
 bool runs_here(const std::string& level) {
 #if defined(__x86_64__)
   if (level == "amx") return runs_here("avx512bf16") && has_amx();
+  if (level == "avx512vbmi") return runs_here("avx512") && has_vbmi();
   if (level == "avx512bf16") return runs_here("avx512") && __builtin_cpu_supports("avx512bf16");
   if (level == "avx512")
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -87,20 +103,22 @@ bool runs_here(const std::string& level) {
 
 const Kernels* find_level(const std::string& level, bool emulated) {
   if (level == "best") {
-    for (const char* name : {"amx", "avx512bf16", "avx512", "avx2"})
+    for (const char* name : {"amx", "avx512bf16", "avx512vbmi", "avx512", "avx2"})
       if (runs_here(name)) return find_level(name, false);
     return &portable::kernels;
   }
   const Kernels* found = level == "portable" ? &portable::kernels : nullptr;
 #if defined(__x86_64__)
-  static const Kernels bf16 = with_bf16(), amx = with_amx();
+  static const Kernels vbmi = with_vbmi(), bf16 = with_bf16(), amx = with_amx();
   if (level == "amx") found = &amx;
   if (level == "avx512bf16") found = &bf16;
+  if (level == "avx512vbmi") found = &vbmi;
   if (level == "avx512") found = &avx512::kernels;
   if (level == "avx2") found = &avx2::kernels;
 #endif
   TORCH_CHECK_VALUE(found && (emulated || runs_here(level)), "CPU level '", level,
-                    "' is unknown or this CPU lacks it: best, amx, avx512bf16, avx512, avx2 or portable");
+                    "' is unknown or this CPU lacks it: best, amx, avx512bf16, avx512vbmi, avx512, avx2 or "
+                    "portable");
   return found;
 }
 

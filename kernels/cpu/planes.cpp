@@ -1,27 +1,51 @@
-// y = x W^T with integers of n < 8 bits in planes, w = (code - zero) * scale; x in pairs of int8.
+// y = x W^T with codes of n < 8 bits in planes, w = (value(code) - zero) * scale; x in pairs of int8.
 //
-// With x ~ xs * xq in blocks of columns that divide a group, xq of 16 bits (see int8.cpp) and `mid`
-// what all codes are lowered by,
+// With x ~ xs * xq in blocks of columns that divide a group, xq of 16 bits (see int8.cpp), and
+// value = code - mid,
 //   sum x w = sum over groups of scale * (sum over blocks of xs * (xq . code - mid sum xq)
 //                                         - zero * sum xs xq)
+// Other values are a unit times integers of 16 bits: small floats exactly, a free table as near as 2^-16
+// of its largest. Byte permutations look up the low bytes and the high ones, which are a code each.
 #include "coded.h"
 
 namespace CPU_LEVEL {
 
+// A byte for each code of `Bits` bits.
+template <int Bits>
+struct Bytes {
+#if defined(__AVX512BW__)
+  __m512i table;
+
+  explicit Bytes(const uint8_t (&bytes)[64]) : table(_mm512_loadu_si512(bytes)) {}
+  INLINE vi operator()(vi codes) const {
+#if defined(__AVX512VBMI__)
+    return (vi)_mm512_permutexvar_epi8((__m512i)codes, table);
+#else
+    return (vi)_mm512_shuffle_epi8(table, (__m512i)codes);  // of 16, repeated
+#endif
+  }
+#else  // nothing calls it
+  explicit Bytes(const uint8_t (&)[64]) {}
+  INLINE vi operator()(vi codes) const { return codes; }
+#endif
+};
+
 // M rows of x against T tiles.
-template <int Bits, int M, int T>
+template <int Bits, bool kLookup, int M, int T>
 static void pairs(const Coded& c, int64_t tile, int64_t m0) {
   const Linear& a = c.a;
   const int8_t *high = a.xq + m0 * a.kpad, *low = high + a.m * a.kpad;
   const int64_t stride = a.kpad / kBlock * Bits * 16;
   const Tile first(c, tile), last(c, tile + T - 1);
+  const Bytes<Bits> low_byte(c.low), high_byte(c.high);
   vf sums[M][T][kParts] = {};
   int64_t b = 0;
   for (int64_t g = 0; g < a.groups; g++) {
     const int64_t end = min((g + 1) * a.group, a.kpad);
     for (int64_t k0 = g * a.group; k0 < end; k0 += a.block, b++) {
-      vi dots[M][T][kParts], tops[M][T][kParts] = {};
-      start_dots(a, b, m0, dots);
+      // what counts 1, 256 and, of two bytes, 65536
+      vi dots[M][T][kParts] = {}, tops[M][T][kParts] = {}, most[M][T][kParts] = {};
+      start_dots(a, b, m0, kLookup ? tops : dots);
       const int64_t k1 = min(k0 + a.block, end);
       for (int64_t k = k0; k < k1; k += kBlock) {
         const uint32_t* block = first.codes + k / kBlock * Bits * 16;
@@ -29,12 +53,16 @@ static void pairs(const Coded& c, int64_t tile, int64_t m0) {
         for (int line = 0; M < kRows && line < Bits * T; line++)
           prefetch(block + T * stride + line % T * stride + line / T * 16);
         unrolled<0, kBlock / 4>([&](auto step) __attribute__((always_inline)) {
-          vi codes[T][kParts];
+          vi codes[T][kParts], upper[T][kParts];
           UNROLL
           for (int t = 0; t < T; t++)
             UNROLL
-            for (int p = 0; p < kParts; p++)
+            for (int p = 0; p < kParts; p++) {
               codes[t][p] = (vi)four_codes<Bits, step.value>(block + t * stride, p);
+              if (!kLookup) continue;
+              upper[t][p] = high_byte(codes[t][p]);
+              codes[t][p] = low_byte(codes[t][p]);
+            }
           UNROLL
           for (int m = 0; m < M; m++) {
             int32_t four[2];
@@ -46,6 +74,9 @@ static void pairs(const Coded& c, int64_t tile, int64_t m0) {
               for (int p = 0; p < kParts; p++) {
                 dots[m][t][p] = dot4(dots[m][t][p], codes[t][p], splat(four[0]));
                 tops[m][t][p] = dot4(tops[m][t][p], codes[t][p], splat(four[1]));
+                if (!kLookup) continue;
+                tops[m][t][p] = dot4(tops[m][t][p], upper[t][p], splat(four[0]));
+                most[m][t][p] = dot4(most[m][t][p], upper[t][p], splat(four[1]));
               }
           }
         });
@@ -56,9 +87,12 @@ static void pairs(const Coded& c, int64_t tile, int64_t m0) {
         for (int p = 0; p < kParts; p++) {
           const vf scale = (t ? last : first).scale(c, g, p);
           UNROLL
-          for (int m = 0; m < M; m++)
-            sums[m][t][p] += to_float((tops[m][t][p] << 8) + dots[m][t][p]) *
-                             (scale * a.xs[b * a.m + m0 + m]);
+          for (int m = 0; m < M; m++) {
+            const vi ones = dots[m][t][p], more = tops[m][t][p];
+            const vf dot = kLookup ? to_float((most[m][t][p] << 8) + more) * 256.0f + to_float(ones)
+                                   : to_float((more << 8) + ones);
+            sums[m][t][p] += dot * (scale * a.xs[b * a.m + m0 + m]);
+          }
         }
     }
     UNROLL
@@ -71,16 +105,27 @@ static void pairs(const Coded& c, int64_t tile, int64_t m0) {
       }
   }
   for (int t = 0; t < T; t++)
-    for (int m = 0; m < M; m++) finish(a, m0 + m, (tile + t) * 16, sums[m][t]);
+    for (int m = 0; m < M; m++) {
+      UNROLL
+      for (int p = 0; kLookup && p < kParts; p++) sums[m][t][p] *= c.unit;
+      finish(a, m0 + m, (tile + t) * 16, sums[m][t]);
+    }
+}
+
+template <int Bits, bool kLookup>
+static void all_rows(const Coded& c, int64_t t0, int64_t t1) {
+  each_tile<kExactRows>(t0, t1, 0, c.a.m, [&](auto m, auto t, int64_t tile, int64_t row) {
+    pairs<Bits, kLookup, m.value, t.value>(c, tile, row);
+  });
 }
 
 void plane_pairs(const Coded& c, int64_t t0, int64_t t1) {
   if constexpr (kLanes == 16)  // elsewhere nothing calls it
     unrolled<1, 8>([&](auto bits) {
-      if (c.bits == bits.value)
-        each_tile<kExactRows>(t0, t1, 0, c.a.m, [&](auto m, auto t, int64_t tile, int64_t row) {
-          pairs<bits.value, m.value, t.value>(c, tile, row);
-        });
+      if (c.bits != bits.value) return;
+      if (c.integers) all_rows<bits.value, false>(c, t0, t1);
+      else if constexpr (bits.value >= 4 && bits.value <= kLookupBits)
+        all_rows<bits.value, true>(c, t0, t1);
     });
 }
 

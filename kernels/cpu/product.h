@@ -109,12 +109,12 @@ struct Product {
   }
 
   // Whether so many rows of x meet panels of the weight in bf16, as they are: where few rows do so in
-  // fp32; where they meet codes in planes, whose bits it pays to put together but once.
+  // fp32; where they meet codes in planes, whose values it pays to put together but once.
   bool in_panels(int64_t m) const {
     if (m <= kFewRows || activations || c.a.type != Type::bf16 || !kernels().bf16_panels) return false;
     if (kind != Kind::coded) return takes_fp32();
-    const Meets how = how_meets(c, activations, exact);
-    return how == Meets::fp32 || (how == Meets::pairs && m >= 2 * kFewRows);
+    const Meets how = how_meets(c, m, activations, exact);
+    return how == Meets::fp32 || (how == Meets::pairs && (!c.integers || m >= 2 * kFewRows));
   }
 
   // Whether a row of the result depends on no other row of x.
@@ -163,7 +163,7 @@ struct Product {
       return own;
     }
     if (kind == Kind::coded) {
-      read_coded(own, x, activations, how_meets(c, activations, exact), scratch);
+      read_coded(own, x, activations, how_meets(c, m, activations, exact), scratch);
       return own;
     }
     float* wide = take(a.m * a.kpad);
@@ -204,7 +204,7 @@ struct Product {
     }
     if (kind == Kind::rows) k.float_rows(a, first * 4, std::min(last * 4, a.n));
     else if (kind == Kind::coded)
-      coded_product(own, how_meets(c, activations, exact), first * 2, end);
+      coded_product(own, how_meets(c, a.m, activations, exact), first * 2, end);
     else if (kind == Kind::int4dq) k.int4dq_tiles(a, first * 2, end);
     else if (kind == Kind::int4 && takes_fp32()) k.int4_exact(a, first * 2, end);
     else if (kind == Kind::int4) k.int4_tiles(a, first * 2, end);

@@ -302,12 +302,11 @@ def matmul(
                 )
             if SPREAD and slot % 4 == 0:
                 w0, w1, w2, w3 = sparse_block(b, c, slot // 4, xk.dtype)
+            if LOOKED_UP and slot % 4 == 0:
+                half, _, _ = plane_halves(a, b, c, slot, BITS)
+                w0, w1, w2, w3 = looked_up(half, words, xk.dtype)
             if SPREAD or LOOKED_UP:
-                if SPREAD:
-                    w, w0, w1, w2 = w0, w1, w2, w3
-                else:
-                    half, _, _ = plane_halves(a, b, c, slot, BITS)
-                    w = looked_up(half, words, slot, xk.dtype)
+                w, w0, w1, w2 = w0, w1, w2, w3
                 if not LATE and GROUP != 0:
                     w = (w - CENTRE) * s.to(xk.dtype)
             elif LATE:
