@@ -3,11 +3,11 @@
 `load()` compiles `cpu/*.cpp` with the system's C++ compiler into torch's extension cache
 (`TORCH_EXTENSIONS_DIR`, else `~/.cache/torch_extensions`), each file under a hash of the sources,
 the flags and the versions, so that an edit rebuilds only what it touches. Kernels are compiled once
-per level (portable, AVX2, AVX-512 with VNNI, that with VBMI, with BF16, with AMX); the best that
-this CPU has is chosen at load. Importing this file does nothing.
+per level (portable, AVX2, that with VNNI, AVX-512 with VNNI, that with VBMI, with BF16, with AMX);
+the best that this CPU has is chosen at load. Importing this file does nothing.
 
-Environment: `CXX` names the compiler; `FLATLLAMA_CPU` forces a level (portable, avx2, avx512,
-avx512vbmi, avx512bf16, amx); `FLATLLAMA_EXACT=1` keeps activations of weight-only products
+Environment: `CXX` names the compiler; `FLATLLAMA_CPU` forces a level (portable, avx2, avxvnni,
+avx512, avx512vbmi, avx512bf16, amx); `FLATLLAMA_EXACT=1` keeps activations of weight-only products
 unrounded.
 """
 
@@ -32,6 +32,7 @@ SOURCES = Path(__file__).parent / "cpu"
 LEVELS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    LEVELS["avxvnni"] = [*LEVELS["avx2"], "-mavxvnni"]
     LEVELS["avx512"] = [*LEVELS["avx2"], *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni"))]
     LEVELS["avx512vbmi"] = [*LEVELS["avx512"], "-mavx512vbmi"]
     LEVELS["avx512bf16"] = [*LEVELS["avx512"], "-mavx512bf16"]
@@ -72,11 +73,11 @@ def exact_activations(flag: bool | None = None) -> bool:
     """Whether weight-only products use activations as they are; `flag` sets it.
 
     By default int4 products round activations to int8 in blocks of 64 columns (the largest divisor
-    of the group size up to 64), each with its own fp32 scale; not 256 and more rows with AMX. On
-    AVX-512 products of int8, uint-n, codebook4, int4-sparse24, and of fpx-2-M and fpx-3-M of 4 bits
-    (with VBMI up to 6), of up to 16 rows round bf16 and fp16 to 16 bits in blocks of at most 64; in
-    the operator of the whole model up to 128, but with AMX 31 of uint-n, 16 of codebook4 and
-    int4-sparse24, 2 of fpx.
+    of the group size up to 64), each with its own fp32 scale; not 256 and more rows with AMX. To 16
+    bits in blocks of at most 64, of bf16 and fp16, up to 16 rows: from AVX2 on int8 and uint-n,
+    with VNNI codebook4, with AVX-512 int4-sparse24, with VBMI fpx-2-M and fpx-3-M up to 6 bits (of
+    4 with VNNI). In the operator of the whole model AVX-512 does so up to 128 rows, but AMX up to
+    31 of uint-n, 16 of codebook4 and int4-sparse24, 2 of fpx.
     """
     global _exact
     if flag is not None:

@@ -52,24 +52,31 @@ def library():
     native.set_cpu_level("best")
 
 
-@pytest.fixture(params=["avx512vbmi", "avx512", "avx2", "portable"])
-def level(request, library):
-    """Each level of the CPU kernels that this CPU runs."""
+def at_level(name: str):
+    """Runs the CPU kernels of a level; skips where this CPU lacks it."""
     try:
-        yield native.set_cpu_level(request.param)
+        yield native.set_cpu_level(name)
     except (ValueError, RuntimeError):
-        pytest.skip(f"this CPU has no {request.param}")
+        pytest.skip(f"this CPU has no {name}")
     native.set_cpu_level("best")
+
+
+@pytest.fixture(params=["avx512vbmi", "avx512", "avxvnni", "avx2", "portable"])
+def level(request, library):
+    """Each level of the CPU kernels that this CPU runs, but those that avx512 is most of."""
+    yield from at_level(request.param)
+
+
+@pytest.fixture(params=["best", "avx512vbmi", "avx512", "avxvnni", "avx2"])
+def rounding_level(request, library):
+    """Each level that rounds activations of weight-only formats to 16 bits."""
+    yield from at_level(request.param)
 
 
 @pytest.fixture
 def amx_level(library):
     """The level with AMX, where this CPU has it."""
-    try:
-        yield native.set_cpu_level("amx")
-    except (ValueError, RuntimeError):
-        pytest.skip("this CPU has no AMX")
-    native.set_cpu_level("best")
+    yield from at_level("amx")
 
 
 @pytest.fixture

@@ -106,16 +106,6 @@ def test_many_rows_of_bf16(name, exact):
             assert (module(x) - want).norm() / want.norm() < 2**-8, (k, n, rows)
 
 
-@pytest.fixture(params=["best", "avx512vbmi", "avx512"])
-def rounding_level(request, library):
-    """Each level that rounds activations of weight-only formats to 16 bits."""
-    try:
-        yield native.set_cpu_level(request.param)
-    except (ValueError, RuntimeError):
-        pytest.skip(f"this CPU has no {request.param}")
-    native.set_cpu_level("best")
-
-
 IN_16_BITS = [*(f"uint{n}" for n in range(1, 8)), "int8dq-int3", "codebook4", "int4-sparse24"]
 
 

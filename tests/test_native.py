@@ -99,7 +99,7 @@ def test_int8_linear(level, m, dtype):
         close(ops.int8_linear(x, tiles, scales.float(), bias, n, k), want, dtype)
 
 
-def test_int8_in_16_bits_is_as_good_as_exact(library):
+def test_int8_in_16_bits_is_as_good_as_exact(rounding_level):
     """One large column among small ones: still no more error than bf16's rounding of the result."""
     x, _, generator = make(16, 96, 576, torch.bfloat16)
     x[:, 5] *= 300

@@ -71,14 +71,14 @@ Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& s
 
 Meets how_meets(const Coded& c, int64_t rows, int64_t activations, bool exact) {
   const Kernels& k = kernels();
-  const bool pairs = !activations && in_pairs(c.a.type, exact);
+  const bool pairs = !activations && !exact && c.a.type != Type::fp32;
   if (c.integers && k.plane_pairs && (pairs || activations == 1)) return Meets::pairs;
   // rounded x is of bf16 numbers: e4m3, or integers up to 255
   const bool bf16 = c.exponent_bits && !c.zeros && c.a.groups == 1 && k.half_tiles &&
                     (activations || c.a.type == Type::bf16);
   const bool on_amx = bf16 && k.bf16_panels && rows > 2;  // 16 rows take little longer than one
   const bool looked_up = c.unit && c.bits <= k.lookup_bits;
-  if (pairs && (c.positions || looked_up) && !on_amx) return Meets::pairs;
+  if (pairs && (c.positions ? k.sparse_pairs != nullptr : looked_up) && !on_amx) return Meets::pairs;
   return bf16 ? Meets::bf16 : Meets::fp32;
 }
 

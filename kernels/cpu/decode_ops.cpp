@@ -92,7 +92,7 @@ struct Plan {
   int64_t most_rows() const {
     bool apart = true;
     for (const Product* p : products()) apart = apart && p->rows_apart();
-    return apart && kernels().int8_pairs ? kMostRows : kFewRows;
+    return apart && kernels().lanes == 16 ? kMostRows : kFewRows;
   }
 
   // Scratch for a group of m rows: normed, and in the form that a product takes.

@@ -42,7 +42,7 @@ static void quantized(const Linear& a, int64_t tile, int64_t m0, const uint8_t* 
           for (int t = 0; t < T; t++)
             UNROLL
             for (int p = 0; p < kParts; p++)
-              dots[m][t][p] = dot4(dots[m][t][p], q[t][p], splat(four));
+              dots[m][t][p] = dot4_small(dots[m][t][p], q[t][p], splat(four));
         }
       };
       if constexpr (kUnpacked) {

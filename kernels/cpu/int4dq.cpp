@@ -17,6 +17,12 @@ INLINE vi repeat(const void* p) {
 #endif
 }
 
+// acc += products of bytes of x with integers, of 4 bits but where they are nested.
+template <bool nested>
+INLINE vi dot(vi acc, vi u, vi q) {
+  return nested ? dot4(acc, u, q) : dot4_small(acc, u, q);
+}
+
 // Numbers 0 .. kLineRows - 1 at p, four times each.
 INLINE vf four_times(const float* p) {
   vf out;
@@ -85,7 +91,7 @@ static void multiply(const Linear& a, int64_t tile, int64_t m0, const uint8_t* b
             for (int p = 0; p < kParts; p++) {
               const vi q = load<vi>(bytes + j * 64 + p * 4 * kLanes);
               UNROLL
-              for (int m = 0; m < M; m++) dots[m][j][p] = dot4(dots[m][j][p], u[m], q);
+              for (int m = 0; m < M; m++) dots[m][j][p] = dot<nested>(dots[m][j][p], u[m], q);
             }
         }
         continue;
@@ -106,8 +112,10 @@ static void multiply(const Linear& a, int64_t tile, int64_t m0, const uint8_t* b
           const vi low = lookup(tables[j][p], v & 0x0f0f0f0f);
           const vi high = lookup(tables[j][p], (v >> 4) & 0x0f0f0f0f);
           UNROLL
-          for (int m = 0; m < M; m++)
-            dots[m][j][p] = dot4(dot4(dots[m][j][p], first[m], low), second[m], high);
+          for (int m = 0; m < M; m++) {
+            dots[m][j][p] = dot<nested>(dots[m][j][p], first[m], low);
+            dots[m][j][p] = dot<nested>(dots[m][j][p], second[m], high);
+          }
         }
     }
     if (nested) {

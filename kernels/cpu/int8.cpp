@@ -33,15 +33,24 @@ INLINE int32_t round_line(const float* p, int64_t len, float scale, int8_t* code
   return sum(sums);
 }
 
-// len numbers at p to 16 bits as two int8; returns the codes' sum.
-INLINE int32_t round_pairs(const float* p, int64_t len, float scale, int8_t* high, int8_t* low) {
+// kPairBlock numbers at p to 16 bits, in the form of four_of(); returns the codes' sum.
+INLINE int32_t round_pairs(const float* p, float scale, int8_t* out) {
   vi sums{};
   const vf by = splat(scale > 1e-36f ? 1 / scale : 1.0f);
-  for (int64_t i = 0; i < len; i += kLanes) {
+  int8_t *high = out, *low = out + kPairBlock;
+  for (int64_t i = 0; i < kPairBlock; i += kLanes) {
     const vi q = round_to_int(load<vf>(p + i) * by), top = (q + 128) >> 8;
     sums += q;
-    store(high + i, __builtin_convertvector(top, vb));
-    store(low + i, __builtin_convertvector(q - (top << 8), vb));
+    if (kVnni) {
+      store(high + i, __builtin_convertvector(top, vb));
+      store(low + i, __builtin_convertvector(q - (top << 8), vb));
+      continue;
+    }
+    for (int j = 0; j < kLanes; j++) {  // of each four the middle two change places
+      const int64_t at = (i + j) % 4 % 3 ? (i + j) ^ 3 : i + j;
+      const auto code = int16_t(q[j]);
+      memcpy(out + 2 * at, &code, 2);
+    }
   }
   return sum(sums);
 }
@@ -49,7 +58,7 @@ INLINE int32_t round_pairs(const float* p, int64_t len, float scale, int8_t* hig
 // Rows m0 .. m1 of x in pairs.
 static void pair_rows(const void* x, const Linear& a, const Quantized& out, int64_t m0, int64_t m1) {
   alignas(64) float values[2 * kPairBlock];
-  alignas(64) int8_t high[kPairBlock], low[kPairBlock];
+  alignas(64) int8_t codes[2 * kPairBlock];
   const int64_t size = a.type == Type::fp32 ? 4 : 2;
   for (int64_t m = m0; m < m1; m++)
     for (int64_t k = 0, b = m; k < a.kpad; k += a.block, b += a.m) {
@@ -57,14 +66,18 @@ static void pair_rows(const void* x, const Linear& a, const Quantized& out, int6
       widen_rows((const char*)x + (m * a.k + k) * size, a.type, 1, min(len, a.k - k), kPairBlock,
                  false, values);  // zeros after the row's end
       out.xs[b] = a.xs ? a.xs[m] : amax(values, kPairBlock) / 32512;
-      const int32_t total = round_pairs(values, kPairBlock, a.xs ? 1 : out.xs[b], high, low);
+      const int32_t total = round_pairs(values, a.xs ? 1 : out.xs[b], codes);
       out.offset[b] = -out.zero_code * total;
       if (out.group_sum) {
         float& sum = out.group_sum[k / a.group * a.m + m];
         sum = (k % a.group ? sum : 0) + out.xs[b] * float(total);
       }
-      memcpy(out.xq + m * a.kpad + k, high, len);
-      memcpy(out.xq + (a.m + m) * a.kpad + k, low, len);
+      if (kVnni) {
+        memcpy(out.xq + m * a.kpad + k, codes, len);
+        memcpy(out.xq + (a.m + m) * a.kpad + k, codes + kPairBlock, len);
+      } else {
+        memcpy(out.xq + 2 * (m * a.kpad + k), codes, 2 * len);
+      }
     }
 }
 
@@ -130,7 +143,7 @@ static void quantized(const Linear& a, int64_t tile, int64_t m0) {
   vf sums[M][T][kParts] = {};
   const uint8_t* w = (const uint8_t*)a.w + tile * a.kpad * 16;
   const int64_t ahead = M == kRows && m0 ? 0 : T;  // tiles; many rows ask for them once
-  const int8_t *xq = a.xq + m0 * a.kpad, *low = xq + a.m * a.kpad;
+  const int8_t* xq = a.xq + m0 * a.kpad;
   for (int64_t b = 0; b < a.blocks; b++) {
     vi dots[M][T][kParts], tops[M][T][kParts] = {};
     start_dots(a, b, m0, dots);
@@ -147,15 +160,15 @@ static void quantized(const Linear& a, int64_t tile, int64_t m0) {
         }
       UNROLL
       for (int m = 0; m < M; m++) {
-        int32_t four, high;
-        memcpy(&four, (kPairs ? low : xq) + m * a.kpad + k, 4);
-        if (kPairs) memcpy(&high, xq + m * a.kpad + k, 4);
+        int32_t four;
+        memcpy(&four, xq + m * a.kpad + k, 4);
+        const Four pair = kPairs ? four_of(a, m0 + m, k) : Four{};
         UNROLL
         for (int t = 0; t < T; t++)
           UNROLL
           for (int p = 0; p < kParts; p++) {
-            dots[m][t][p] = dot4(dots[m][t][p], wv[t][p], splat(four));
-            if (kPairs) tops[m][t][p] = dot4(tops[m][t][p], wv[t][p], splat(high));
+            if (kPairs) add_dot(tops[m][t][p], dots[m][t][p], wv[t][p], pair);
+            else dots[m][t][p] = dot4(dots[m][t][p], wv[t][p], splat(four));
           }
       }
     }

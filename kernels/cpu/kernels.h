@@ -14,7 +14,7 @@ struct Linear {
   const float* x;          // fp32 [m, kpad]; else as widen_rows, bf16_panels, half_tiles say
   const float* group_sum;  // [groups, m] sum of x over each group of w
   const int8_t* xq;        // [m, kpad] codes of x, with room for whole 16 rows where they are more; of
-                           // pairs: the high ones, then the low ones
+                           // 16 bits as four_of (level.h) takes them
   const float* xs;         // [blocks, m] their scales
   const int32_t* offset;   // [blocks, m] minus the zero code of w times the sum of the codes of x;
                            // of unsigned codes: what to add to them, [m]
@@ -27,7 +27,7 @@ struct Linear {
 
 // How x is quantized: to int8, s = amax / 127 of each block; to int8, s = max(amax / 127, 1e-5) of
 // a row; to unsigned bytes, the same plus 128; or from the row's lowest to its highest number; to 16
-// bits, s = amax / 32512 of each block, as two int8: round(x / s) = 256 high + low. Where rows have
+// bits, s = amax / 32512 of each block, round(x / s) = 256 high + low of int8. Where rows have
 // scales xs [m] already, pairs are their integers x under these scales.
 enum class Rounding : int { blocks, token, bytes, span, pairs };
 constexpr int64_t kPairBlock = 64;
@@ -82,6 +82,7 @@ enum class Format : int { rows, int8, int4, coded };
 
 struct Kernels {
   const char* name;
+  int lanes;  // numbers of 32 bits in a vector
   // x [m, k] -> fp32 [m, kpad]; paired: in whatever form float_rows takes so many rows and columns
   void (*widen_rows)(const void* x, Type, int64_t m, int64_t k, int64_t kpad, bool paired, float*);
   void (*quantize_rows)(const void* x, const Linear&, const Quantized&, int64_t m0, int64_t m1);

@@ -42,11 +42,44 @@ INLINE int64_t int4_tile_bytes(const Linear& a) { return a.kpad * 8 + a.groups *
 // Bits of the codes whose values a byte permutation looks up.
 #if defined(__AVX512VBMI__)
 constexpr int kLookupBits = 6;
-#elif defined(__AVX512BW__)
+#elif defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 constexpr int kLookupBits = 4;
 #else
 constexpr int kLookupBits = 0;
 #endif
+
+// How x of 16 bits meets unsigned bytes of w: where products of bytes are one instruction, as the high and
+// the low bytes of four columns, else as 16 bits of columns 0 and 2, and of 1 and 3.
+constexpr bool kVnni = kLookupBits > 0;
+
+struct Four {
+  int32_t first, second;
+};
+
+// Columns k .. k + 3 of row m of x in pairs, see quantize_rows.
+INLINE Four four_of(const Linear& a, int64_t m, int64_t k) {
+  Four x;
+  if (kVnni) {
+    memcpy(&x.first, a.xq + m * a.kpad + k, 4);
+    memcpy(&x.second, a.xq + (a.m + m) * a.kpad + k, 4);
+  } else {
+    memcpy(&x, a.xq + 2 * (m * a.kpad + k), 8);
+  }
+  return x;
+}
+
+// 256 tops + dots += w . x
+INLINE void add_dot(vi& tops, vi& dots, vi w, Four x) {
+#if defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512VNNI__)
+  const __m256i even = _mm256_and_si256((__m256i)w, _mm256_set1_epi16(255));
+  const __m256i odd = _mm256_srli_epi16((__m256i)w, 8);
+  dots += (vi)_mm256_madd_epi16(even, (__m256i)splat(x.first));
+  dots += (vi)_mm256_madd_epi16(odd, (__m256i)splat(x.second));
+#else
+  tops = dot4(tops, w, splat(x.first));
+  dots = dot4(dots, w, splat(x.second));
+#endif
+}
 
 constexpr int kTiles = kLanes == 16 ? 2 : 1;  // tiles and rows of x whose sums fit the registers
 constexpr int kRows = kLanes == 16 ? 6 : 2;

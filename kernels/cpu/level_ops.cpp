@@ -6,8 +6,10 @@
 
 #include "ops.h"
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -16,6 +18,7 @@ namespace portable { extern const Kernels kernels; }
 
 #if defined(__x86_64__)
 namespace avx2 { extern const Kernels kernels; }
+namespace avxvnni { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 
 // Functions of the types of the table's entries.
@@ -94,6 +97,9 @@ bool runs_here(const std::string& level) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni");
+  unsigned a, b, c, d;
+  if (level == "avxvnni")
+    return runs_here("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & 1u << 4;
   if (level == "avx2")
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __builtin_cpu_supports("f16c");
@@ -103,7 +109,7 @@ bool runs_here(const std::string& level) {
 
 const Kernels* find_level(const std::string& level, bool emulated) {
   if (level == "best") {
-    for (const char* name : {"amx", "avx512bf16", "avx512vbmi", "avx512", "avx2"})
+    for (const char* name : {"amx", "avx512bf16", "avx512vbmi", "avx512", "avxvnni", "avx2"})
       if (runs_here(name)) return find_level(name, false);
     return &portable::kernels;
   }
@@ -114,11 +120,12 @@ const Kernels* find_level(const std::string& level, bool emulated) {
   if (level == "avx512bf16") found = &bf16;
   if (level == "avx512vbmi") found = &vbmi;
   if (level == "avx512") found = &avx512::kernels;
+  if (level == "avxvnni") found = &avxvnni::kernels;
   if (level == "avx2") found = &avx2::kernels;
 #endif
   TORCH_CHECK_VALUE(found && (emulated || runs_here(level)), "CPU level '", level,
-                    "' is unknown or this CPU lacks it: best, amx, avx512bf16, avx512vbmi, avx512, avx2 or "
-                    "portable");
+                    "' is unknown or this CPU lacks it: best, amx, avx512bf16, avx512vbmi, avx512, avxvnni, "
+                    "avx2 or portable");
   return found;
 }
 

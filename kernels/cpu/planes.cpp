@@ -13,28 +13,26 @@ namespace CPU_LEVEL {
 // A byte for each code of `Bits` bits.
 template <int Bits>
 struct Bytes {
-#if defined(__AVX512BW__)
-  __m512i table;
+  vi table;  // of 16 bytes, repeated, or of 64
 
-  explicit Bytes(const uint8_t (&bytes)[64]) : table(_mm512_loadu_si512(bytes)) {}
+  explicit Bytes(const uint8_t (&bytes)[64]) : table(load<vi>(bytes)) {}
   INLINE vi operator()(vi codes) const {
 #if defined(__AVX512VBMI__)
-    return (vi)_mm512_permutexvar_epi8((__m512i)codes, table);
-#else
-    return (vi)_mm512_shuffle_epi8(table, (__m512i)codes);  // of 16, repeated
+    return (vi)_mm512_permutexvar_epi8((__m512i)codes, (__m512i)table);
+#elif defined(__AVX512BW__)
+    return (vi)_mm512_shuffle_epi8((__m512i)table, (__m512i)codes);
+#elif defined(__AVX2__)
+    return (vi)_mm256_shuffle_epi8((__m256i)table, (__m256i)codes);
+#else  // nothing calls it
+    return codes;
 #endif
   }
-#else  // nothing calls it
-  explicit Bytes(const uint8_t (&)[64]) {}
-  INLINE vi operator()(vi codes) const { return codes; }
-#endif
 };
 
 // M rows of x against T tiles.
 template <int Bits, bool kLookup, int M, int T>
 static void pairs(const Coded& c, int64_t tile, int64_t m0) {
   const Linear& a = c.a;
-  const int8_t *high = a.xq + m0 * a.kpad, *low = high + a.m * a.kpad;
   const int64_t stride = a.kpad / kBlock * Bits * 16;
   const Tile first(c, tile), last(c, tile + T - 1);
   const Bytes<Bits> low_byte(c.low), high_byte(c.high);
@@ -65,18 +63,13 @@ static void pairs(const Coded& c, int64_t tile, int64_t m0) {
             }
           UNROLL
           for (int m = 0; m < M; m++) {
-            int32_t four[2];
-            memcpy(&four[0], low + m * a.kpad + k + 4 * step.value, 4);
-            memcpy(&four[1], high + m * a.kpad + k + 4 * step.value, 4);
+            const Four x = four_of(a, m0 + m, k + 4 * step.value);
             UNROLL
             for (int t = 0; t < T; t++)
               UNROLL
               for (int p = 0; p < kParts; p++) {
-                dots[m][t][p] = dot4(dots[m][t][p], codes[t][p], splat(four[0]));
-                tops[m][t][p] = dot4(tops[m][t][p], codes[t][p], splat(four[1]));
-                if (!kLookup) continue;
-                tops[m][t][p] = dot4(tops[m][t][p], upper[t][p], splat(four[0]));
-                most[m][t][p] = dot4(most[m][t][p], upper[t][p], splat(four[1]));
+                add_dot(tops[m][t][p], dots[m][t][p], codes[t][p], x);
+                if (kLookup) add_dot(most[m][t][p], tops[m][t][p], upper[t][p], x);
               }
           }
         });
@@ -120,7 +113,7 @@ static void all_rows(const Coded& c, int64_t t0, int64_t t1) {
 }
 
 void plane_pairs(const Coded& c, int64_t t0, int64_t t1) {
-  if constexpr (kLanes == 16)  // elsewhere nothing calls it
+  if constexpr (kLanes > 4)  // elsewhere nothing calls it
     unrolled<1, 8>([&](auto bits) {
       if (c.bits != bits.value) return;
       if (c.integers) all_rows<bits.value, false>(c, t0, t1);

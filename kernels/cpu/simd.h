@@ -1,8 +1,7 @@
 // Vectors of kLanes 32-bit numbers, as wide as this file's compiler flags allow.
 //
-// Every kernel file is compiled once per level (portable, AVX2, AVX-512; those of bf16 products
-// with AVX-512 BF16 too; amx*.cpp for AMX alone) with CPU_LEVEL naming the namespace, and set_cpu_level
-// picks a level at run time. Nothing from the C++ library or from torch is included here: an inline
+// Every kernel file is compiled once per level that it serves (native.py) with CPU_LEVEL naming the
+// namespace, and set_cpu_level picks a level at run time. Nothing from the C++ library or from torch is included here: an inline
 // function compiled for AVX-512 could otherwise be the copy that the linker keeps for every level.
 #pragma once
 #include <stdint.h>
@@ -177,6 +176,8 @@ INLINE float max_of(vf v) {
 INLINE vi dot4(vi acc, vi w, vi x) {
 #if defined(__AVX512VNNI__)
   return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
+#elif defined(__AVXVNNI__)
+  return (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, (__m256i)x);
 #elif defined(__AVX2__)
   // Pairs of 16-bit products: maddubs would saturate with w above 127.
   __m256i low = _mm256_set1_epi16(255);
@@ -189,6 +190,16 @@ INLINE vi dot4(vi acc, vi w, vi x) {
   UNROLL
   for (int i = 0; i < 4; i++) acc += ((w >> (8 * i)) & 255) * ((x << (24 - 8 * i)) >> 24);
   return acc;
+#endif
+}
+
+// The same where two products of neighbours are less than 2^15 together.
+INLINE vi dot4_small(vi acc, vi w, vi x) {
+#if defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512VNNI__)
+  const __m256i pairs = _mm256_maddubs_epi16((__m256i)w, (__m256i)x);
+  return acc + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+  return dot4(acc, w, x);
 #endif
 }
 
