@@ -4,11 +4,13 @@ work, random weights, one process, in turns.
 python scripts/compare_transformers.py --random_weights llama-3-8b --device cuda --json out.json
 
 The peer's step is compiled too, takes the largest logit, and never waits for the device. Where a
-mode is quantized the peer needs torchao; without it that mode is left out, and said so. A figure
-is new tokens over the time from the first to the last, the median of the turns.
+mode is quantized the peer needs torchao; without it that mode is left out, and said so. Mode
+`gemlite:64` is our int4 in groups of 64 beside torchao's 4 bits on gemlite's kernels. A figure is
+new tokens over the time from the first to the last, the median of the turns.
 """
 
 import argparse
+import importlib.util
 import statistics
 import sys
 import time
@@ -32,17 +34,27 @@ def torchao_config(mode: str):
     """torchao's name for a mode; None where transformers runs it alone."""
     if mode == "bf16":
         return None
+    name, _, group = mode.partition(":")
+    if group and not group.isdecimal():
+        raise UserError(f"{mode}: the group size is not a number")
     try:
         import torchao.quantization as ao
     except ImportError:
         raise UserError(f"{mode}: the peer needs torchao, which is not installed") from None
-    name, _, group = mode.partition(":")
+    if name == "gemlite":
+        try:
+            from torchao.prototype.quantization import UIntxWeightOnlyConfig
+        except ImportError:
+            raise UserError(f"{mode}: this torchao does not know gemlite's kernels") from None
+        if importlib.util.find_spec("gemlite") is None:
+            raise UserError(f"{mode}: the peer needs gemlite, which is not installed")
+        return UIntxWeightOnlyConfig(group_size=int(group or 64), bit_width=4)
     configs = {
         "int8": ao.Int8WeightOnlyConfig, "int8dq": ao.Int8DynamicActivationInt8WeightConfig,
         "int4": ao.Int4WeightOnlyConfig, "float8": ao.Float8WeightOnlyConfig,
     }  # fmt: skip
     if name not in configs:
-        raise UserError(f"{mode}: the peer has {', '.join(['bf16', *configs])}")
+        raise UserError(f"{mode}: the peer has {', '.join(['bf16', *configs, 'gemlite'])}")
     return configs[name](group_size=int(group or 64)) if name == "int4" else configs[name]()
 
 
@@ -101,6 +113,8 @@ class Ours:
 
     def __init__(self, config: ModelConfig, mode: str, args: argparse.Namespace):
         name, _, group = mode.partition(":")
+        if name == "gemlite":
+            name, group = "int4", group or "64"
         own = None if mode == "bf16" else parse_mode(name, int(group) if group else None)
         model = random_model(config, own, args.device, torch.bfloat16)
         length = args.prompt + args.max_new_tokens
@@ -141,7 +155,7 @@ def parse_args() -> argparse.Namespace:
     add("--random_weights", choices=CONFIGS, required=True, metavar="NAME",
         help=f"the shape: {', '.join(CONFIGS)}")  # fmt: skip
     add("--modes", default="bf16,int8,int4:64", help="comma-separated, of bf16, int8, int8dq, "
-        "int4:GROUPSIZE and float8")  # fmt: skip
+        "int4:GROUPSIZE, gemlite:GROUPSIZE and float8")  # fmt: skip
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--kernels", choices=KERNELS, default="auto", help="of ours, see generate.py")
     add("--compile_mode", choices=COMPILE_MODES, default="reduce-overhead", help="of both")

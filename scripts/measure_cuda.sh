@@ -30,7 +30,7 @@ case $part in
     done
     bench eager --modes bf16,int4:64 --no-compile
     python scripts/compare_transformers.py --random_weights llama-3-8b --device cuda \
-        --modes bf16,int8,int8dq,int4:64,float8 --json "$out/cuda_transformers.json"
+        --modes bf16,int8,int8dq,int4:64,gemlite:64,float8 --json "$out/cuda_transformers.json"
     python generate.py --random_weights llama-3-8b --device cuda --quantization int4 --groupsize 64 \
         --prompt 128 --max_new_tokens 256 --compile --ignore_eos --profile "$out/int4_trace.json"
     rest=$(echo int8dq-int3 float8dq-tensor codebook4 int4-sparse24 uint{1,2,4,5,6,7} \

@@ -30,6 +30,8 @@ def test_turns_and_what_is_left_out(tmp_path):
 
 
 def test_refusals():
-    for flags in (("--turns", 0), ("--max_new_tokens", 1), ("--modes", "fp6"), ("--modes", "")):
+    for flags in (("--turns", 0), ("--max_new_tokens", 1), ("--modes", "fp6"), ("--modes", ""),
+                  ("--modes", "gemlite:x")):  # fmt: skip
         done = run(*flags)
         assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
+        assert "gemlite:x" not in flags or "not a number" in done.stderr
