@@ -12,6 +12,7 @@ namespace {
 // instructions of their own.
 bool fast_in_aten(at::ScalarType type) {
 #if defined(__x86_64__)
+  if (kernels().lanes < 16) return type == at::kFloat;
   return type == at::kFloat ||
          (type == at::kBFloat16 && __builtin_cpu_supports("avx512bf16")) ||
          (type == at::kHalf && __builtin_cpu_supports("avx512fp16"));
