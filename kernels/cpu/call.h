@@ -16,7 +16,7 @@ using OptTensor = const std::optional<Tensor>&;
 Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& scales,
                      OptTensor zeros, OptTensor positions, const Tensor& table, int64_t bits,
                      int64_t group, int64_t exponent_bits, bool integers);
-// How few rows of x meet an n-bit weight: in fp32, in pairs of int8, or in bf16.
+// How few rows of x meet an n-bit weight: in fp32, in 16 bits (pairs of int8), or in bf16.
 enum class Meets { fp32, pairs, bf16 };
 // activations: as in round_rows
 Meets how_meets(const Coded& c, int64_t rows, int64_t activations, bool exact);
@@ -75,7 +75,7 @@ int64_t int4dq_tile_bytes(int64_t k, int64_t group) {
   return div_up(k, 32) * 256 + div_up(k, group) * 64;
 }
 
-// Whether few rows of x of that type meet int8 weights as pairs of int8.
+// Whether few rows of x of that type meet int8 weights in 16 bits.
 inline bool in_pairs(Type type, bool exact) {
   return !exact && type != Type::fp32 && kernels().int8_pairs;
 }

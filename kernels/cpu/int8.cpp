@@ -137,7 +137,7 @@ void quantize_rows(const void* x, const Linear& a, const Quantized& out, int64_t
   }
 }
 
-// M rows of x against T tiles: int8 activations, or 16 bits of them as pairs.
+// M rows of x against T tiles: int8 activations, or kPairs 16 bits of them.
 template <int M, int T, bool kPairs>
 static void quantized(const Linear& a, int64_t tile, int64_t m0) {
   vf sums[M][T][kParts] = {};

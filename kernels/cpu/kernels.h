@@ -28,7 +28,7 @@ struct Linear {
 // How x is quantized: to int8, s = amax / 127 of each block; to int8, s = max(amax / 127, 1e-5) of
 // a row; to unsigned bytes, the same plus 128; or from the row's lowest to its highest number; to 16
 // bits, s = amax / 32512 of each block, round(x / s) = 256 high + low of int8. Where rows have
-// scales xs [m] already, pairs are their integers x under these scales.
+// scales xs [m] already, the 16 bits are their integers x under these scales.
 enum class Rounding : int { blocks, token, bytes, span, pairs };
 constexpr int64_t kPairBlock = 64;
 
@@ -61,7 +61,7 @@ constexpr int64_t attention_scratch(int64_t d) {
 }
 
 // A product with an n-bit weight: w = (value of the code - zero) * scale; see coded.cpp.
-// Of `a`, x (padded to 32 columns), group_sum and, if x is quantized, xs [m] are used; in pairs,
+// Of `a`, x (padded to 32 columns), group_sum and, if x is quantized, xs [m] are used; in 16 bits,
 // what quantize_rows leaves.
 struct Coded {
   Linear a;
@@ -89,7 +89,7 @@ struct Kernels {
   void (*float_rows)(const Linear&, int64_t n0, int64_t n1);
   void (*int8_tiles)(const Linear&, int64_t tile0, int64_t tile1);
   void (*int8_exact)(const Linear&, int64_t tile0, int64_t tile1);
-  // x in pairs of int8; null where int8_exact is as fast
+  // x in 16 bits; null where int8_exact is as fast
   void (*int8_pairs)(const Linear&, int64_t tile0, int64_t tile1);
   void (*int4_tiles)(const Linear&, int64_t tile0, int64_t tile1);
   void (*int4_exact)(const Linear&, int64_t tile0, int64_t tile1);
@@ -103,7 +103,7 @@ struct Kernels {
   // 2: to e4m3; 3: to e4m3, all rows with one scale
   void (*round_rows)(float* x, int64_t m, int64_t k, int64_t kpad, int mode, float* scales);
   void (*coded_tiles)(const Coded&, int64_t tile0, int64_t tile1);
-  // x in pairs of int8; null where coded_tiles is as fast. Of sparse codes x is unsigned: plus 128
+  // x in 16 bits, of sparse codes both bytes plus 128; null where coded_tiles is as fast
   void (*plane_pairs)(const Coded&, int64_t tile0, int64_t tile1);
   void (*sparse_pairs)(const Coded&, int64_t tile0, int64_t tile1);
   int lookup_bits;  // of codes up to so many bits plane_pairs looks values up

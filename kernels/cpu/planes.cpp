@@ -1,4 +1,4 @@
-// y = x W^T with codes of n < 8 bits in planes, w = (value(code) - zero) * scale; x in pairs of int8.
+// y = x W^T with codes of n < 8 bits in planes, w = (value(code) - zero) * scale; x in 16 bits.
 //
 // With x ~ xs * xq in blocks of columns that divide a group, xq of 16 bits (see int8.cpp), and
 // value = code - mid,

@@ -1,4 +1,4 @@
-// y = x W^T with 2:4 codes, w = code * scale; x in pairs of bytes.
+// y = x W^T with 2:4 codes, w = code * scale; x in 16 bits.
 //
 // Each code meets its own column of x, which a byte permutation takes out of eight. VNNI multiplies
 // unsigned with signed bytes: x is the unsigned one, its bytes plus 128, so that with xq = 256 high + low
