@@ -71,14 +71,22 @@ static void multiply(const Linear& a, int64_t tile, int64_t m0, const uint8_t* b
   const uint8_t* x = (const uint8_t*)a.xq + m0 * a.kpad;
   vi dots[M][4][kParts] = {}, tables[4][kParts];
   vf sums[M][4][kParts] = {};
+  alignas(64) int8_t entries[2][256];  // tables of this group and, made in good time, of the next one
+  if (nested && !kUnpacked) make_tables((const uint16_t*)w, entries[0]);
   alignas(64) int32_t whole[16] = {};  // sums of the weight's rows; scaled: times the scales
   alignas(64) float scaled[16] = {}, scales[16];
   for (int64_t g = 0; g < a.groups; g++) {
     const uint16_t* params = (const uint16_t*)w;
     const int16_t* group_sums = (const int16_t*)(w + 32);
-    if (!kUnpacked && (nested || g == 0)) load_tables<nested>(w, tables);
-    w += kParams;
     const int64_t end = min((g + 1) * a.group, a.kpad);
+    if (!kUnpacked && nested) {
+      const uint8_t* next = w + kParams + (end - g * a.group) / kColumns * kChunkBytes;
+      memcpy(tables, entries[g % 2], sizeof tables);
+      if (g + 1 < a.groups) make_tables((const uint16_t*)next, entries[(g + 1) % 2]);
+    } else if (!kUnpacked && g == 0) {
+      load_tables<false>(w, tables);
+    }
+    w += kParams;
     for (int64_t k = g * a.group; k < end; k += kColumns, w += kChunkBytes) {
       if constexpr (kUnpacked) {
         for (int half = 0; half < 2; half++, bytes += 256) {
@@ -206,7 +214,7 @@ void unsigned_rows(const void* x, const Linear& a, const Quantized& out, int64_t
       for (int64_t i = 0; i < len; i += kLanes) {
         vi u = round_to_int(load<vf>(values + i) / splat(scale)) - bottom;
         u = u < 0 ? vi{} : u > 255 ? splat(255) : u;
-        store(codes + i, __builtin_convertvector(u, vb));
+        store8(codes + i, u);
       }
       memcpy(out.xq + m * a.kpad + k, codes, len);
     });

@@ -40,8 +40,7 @@ INLINE void make_tables(const uint16_t* scales, int8_t* out) {
   }
   for (int r = 0; r < 16; r++)
     for (int p = 0; p < kParts; p++)
-      store(out + r * 16 + p * kLanes,
-            __builtin_convertvector(round_to_int(codes[p] * splat(s[r])), vb));
+      store8(out + r * 16 + p * kLanes, round_to_int(codes[p] * splat(s[r])));
 }
 
 INLINE int64_t tile_bytes(const Linear& a) {

@@ -28,7 +28,7 @@ INLINE int32_t round_line(const float* p, int64_t len, float scale, int8_t* code
   for (int64_t i = 0; i < len; i += kLanes) {
     vi q = round_to_int(kExact ? load<vf>(p + i) / by : load<vf>(p + i) * by);
     sums += q;
-    store(codes + i, __builtin_convertvector(q, vb));
+    store8(codes + i, q);
   }
   return sum(sums);
 }
@@ -42,15 +42,17 @@ INLINE int32_t round_pairs(const float* p, float scale, int8_t* out) {
     const vi q = round_to_int(load<vf>(p + i) * by), top = (q + 128) >> 8;
     sums += q;
     if (kVnni) {
-      store(high + i, __builtin_convertvector(top, vb));
-      store(low + i, __builtin_convertvector(q - (top << 8), vb));
-      continue;
+      store8(high + i, top);
+      store8(low + i, q - (top << 8));
+    } else {
+      store16(out + 2 * i, (vu)q);
     }
-    for (int j = 0; j < kLanes; j++) {  // of each four the middle two change places
-      const int64_t at = (i + j) % 4 % 3 ? (i + j) ^ 3 : i + j;
-      const auto code = int16_t(q[j]);
-      memcpy(out + 2 * at, &code, 2);
-    }
+  }
+  for (int64_t i = 0; !kVnni && i < 2 * kPairBlock; i += 8) {  // of four the middle two change places
+    uint64_t four;
+    memcpy(&four, out + i, 8);
+    four = (four & 0xffff00000000ffff) | (four & 0xffff0000) << 16 | (four >> 16 & 0xffff0000);
+    memcpy(out + i, &four, 8);
   }
   return sum(sums);
 }

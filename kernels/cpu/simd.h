@@ -112,6 +112,20 @@ INLINE void store16(void* p, vu v) {
 #endif
 }
 
+INLINE void store8(int8_t* p, vi v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+#elif defined(__AVX2__)
+  const __m256i lowest = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+  const __m256i fours = _mm256_shuffle_epi8((__m256i)v, lowest);
+  _mm_storel_epi64((__m128i*)p, _mm_unpacklo_epi32(_mm256_castsi256_si128(fours),
+                                                   _mm256_extracti128_si256(fours, 1)));
+#else
+  store(p, __builtin_convertvector(v, vb));
+#endif
+}
+
 // kLanes bf16 numbers in order.
 INLINE vf bf16_load(const void* p) { return (vf)(widen16(p) << 16); }
 
