@@ -38,7 +38,7 @@ class Algorithm:
 
     Attributes:
         calibrated: needs `stats`, the InputStatistics of the layer.
-        options: what the command line may pass on.
+        options: what the command line may pass on, by flags of these names in quantize.py.
         scales_input: the params carry "input_scale" [K], see QuantizedLinear.
         refuse: why the algorithm makes no sense for a format, given a layer of it; or None.
     """

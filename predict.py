@@ -156,7 +156,8 @@ def main() -> None:
         print(f"  {name:<12}{size / 1e9:8.3f} GB")
     print(f"\npredicted tokens/s, batch 1, assuming {EFFICIENCY:.0%} of the memory's peak bandwidth"
           f" and {LATENCY_S * 1e6:.0f} us a collective\n")  # fmt: skip
-    print("\n\n".join(prediction_table(mode) for mode in ("bf16", "int4")))
+    modes = dict.fromkeys(("bf16", "int4", args.mode))
+    print("\n\n".join(map(prediction_table, modes)))
 
 
 if __name__ == "__main__":

@@ -72,6 +72,9 @@ def quantize_(
     parsed = parse_mode(mode, groupsize)
     if parsed.format in FLOAT_MODES:
         return model.to(FLOAT_MODES[parsed.format])
+    if not any(isinstance(module, nn.Linear) for module in model.modules()):
+        raise UserError("the model has no nn.Linear: it may be quantized already")
+    inputs = argument_tuples(inputs)
     places = places_of_linears(model, skip)
     linears = {name: model.get_submodule(name) for name in places}
     modes, stats = dict.fromkeys(linears, parsed), {}
@@ -94,6 +97,16 @@ def quantize_(
     if repack:
         ckpt.repack(model)
     return model
+
+
+def argument_tuples(inputs: Iterable[tuple]) -> Iterable[tuple]:
+    """`inputs`, each of which has to be a tuple: a tensor would be spread over the arguments."""
+    if isinstance(inputs, Tensor):
+        raise UserError("inputs is a tensor: give a list of argument tuples, [(x,)]")
+    for args in inputs:
+        if not isinstance(args, (tuple, list)):
+            raise UserError(f"inputs holds a {type(args).__name__}: give argument tuples, [(x,)]")
+        yield args
 
 
 def places_of_linears(model: nn.Module, skip: Callable[[str], bool]) -> dict[str, list[str]]:
@@ -374,7 +387,7 @@ def main() -> None:
     check_outputs(args.json, args.plan, replaced=output, inputs=[*source.own_files(), text])
     stream, how, modes, head = None, {}, None, head_mode(mode, args.lm_head)
     algorithm = ALGORITHMS[mode.algorithm]
-    given = {name: getattr(args, name) for name in algorithm.options}
+    given = {name: getattr(args, name, None) for name in algorithm.options}
     options = {name: value for name, value in given.items() if value is not None}
     if mode.format in AUTOQUANT:
         names = linear_names(source.config)[: None if head == mode else -1]

@@ -38,7 +38,7 @@ def column_unit(layer: nn.Module) -> int | None:
         return 1
     if layer.quantize_input is not None:
         return None
-    if layer.name == "int8" or layer.groupsize >= layer.in_features:
+    if layer.groupsize >= layer.in_features:
         return ROUNDED
     return lcm(8, layer.groupsize)  # 8 codes of any width fill whole bytes
 
@@ -126,27 +126,20 @@ def local_tensor(source: Source, name: str, layer: nn.Module, cut: Cut) -> Tenso
         return source.tensor(name, [columns])
     if columns is None:
         return source.tensor(name, cut.rows)
-    if attribute == "bias" or (attribute == "scales" and layer.name == "int8"):
+    if attribute == "bias":
         return source.tensor(name)
     if attribute in ("weight", "positions"):
-        bits = column_bits(layer, attribute)
+        bits = layer.column_bits(attribute)
         return source.tensor(
             name, None, slice(columns.start * bits // 8, -(-columns.stop * bits // 8))
         )
     if layer.groupsize >= layer.in_features:
         return source.tensor(name)  # one group: every rank needs its scale
     groups = slice(columns.start // layer.groupsize, -(-columns.stop // layer.groupsize))
-    if attribute == "zeros" and layer.name != "int4":  # packed: few bytes, cut after unpacking
+    if attribute == "zeros" and layer.zeros.dtype == torch.uint8:  # packed: cut after unpacking
         count = -(-layer.in_features // layer.groupsize)
         return pack(unpack(source.tensor(name), layer.bits, count)[:, groups], layer.bits)
     return source.tensor(name, None, groups)
-
-
-def column_bits(layer: QuantizedLinear, attribute: str) -> int:
-    """Bits of a row's buffer that a column takes."""
-    if layer.name == "int4-sparse24":
-        return {"weight": 2, "positions": 1}[attribute]
-    return {"int8": 8, "int4": 4}.get(layer.name) or layer.bits
 
 
 def local_layer(layer: nn.Module, cut: Cut, dtype: torch.dtype) -> nn.Module:

@@ -113,7 +113,6 @@ class Codebook4Linear(CodedLinear):
     name, bits = "codebook4", 4
     default_groupsize = 64
     shared = ("codebook",)
-    triton_kind = "table"
 
     def __init__(
         self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None,

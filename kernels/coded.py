@@ -7,7 +7,7 @@ a table of 2^n numbers, the same for the whole tensor: integers for the affine f
 floats for fpx and float8, the learned numbers of a codebook.
 
 One C++ product serves all of them (cpu/coded.cpp). Its tiles hold 16 rows, whose codes lie in bit
-planes, so that four columns of all 16 are taken at once: by VNNI in AVX-512 (cpu/planes.cpp; 2:4
+planes, so that four columns of all 16 are taken at once: by products of bytes (cpu/planes.cpp; 2:4
 codes cpu/sparse.cpp), by AMX (floats, cpu/amx_few.cpp). Codes of 8 bits lie as they are, four
 columns of a row in a word. Few rows of x stream the codes and widen them in registers; many rows
 widen a panel of the weight at a time. The whole weight is never dequantized.
@@ -69,9 +69,10 @@ class CodedLinear(QuantizedLinear):
     """Buffers: weight uint8 [N, ceil(K bits / 8)]; scales [N, G]; zeros, if the format has any,
     integers of `bits` bits each, packed: uint8 [N, ceil(G bits / 8)].
 
-    A format sets `bits`, `table` and `grid`, and where they differ from the plain case
-    `default_groupsize`, `has_zeros`, `exponent_bits` and `activations`. Group size 0 is one group
-    per row; so is a format without group sizes.
+    A format sets `bits`, `table` and `grid`, and where they differ from the plain case, a free
+    table, `default_groupsize`, `has_zeros`, `exponent_bits`, `integers`, `activations` and
+    `triton_kind`. Free tables have 4 bits. Group size 0 is one group per row; so is a format
+    without group sizes.
     """
 
     bits: int
@@ -139,7 +140,7 @@ class CodedLinear(QuantizedLinear):
     def stored_weight(self) -> Tensor:
         return torch.cat([self.dequantize_rows(rows) for rows in self.panels()])
 
-    triton_kind = "integer"  # what a code is, see cuda/tiles.py
+    triton_kind = "table"  # what a code is, see cuda/tiles.py: "integer" where `integers`
 
     def triton_planes(self) -> list[Tensor | None]:
         """The codes as the Triton kernels read them."""
@@ -159,7 +160,7 @@ class CodedLinear(QuantizedLinear):
             self.out_features, self.in_features, kind, self.triton_planes(), bits=self.bits,
             exponent=self.exponent_bits, groupsize=self.groupsize, scales=scales, zeros=zeros,
             zero="int" if self.has_zeros else "none",
-            table=self.table().float() if kind == "table" else None,
+            table=self.table().float().to(scales.device) if kind == "table" else None,
         )  # fmt: skip
 
     def repack(self) -> None:
@@ -179,7 +180,7 @@ class CodedLinear(QuantizedLinear):
         else:
             self.tiles = byte_tiles(self.weight)
         self.tile_scales = interleave_rows(self.scales, 1)
-        self.lookup = self.table().float()
+        self.lookup = self.table().float().to(self.weight.device)
         if self.has_zeros:
             zeros = unpack(self.zeros, self.bits, self.scales.shape[1])
             self.tile_zeros = interleave_rows(zeros, 1)

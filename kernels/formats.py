@@ -1,4 +1,7 @@
-"""The registry of weight formats: a new format is one file of this folder and one entry here."""
+"""The registry of weight formats: a new format is one file of this folder and one entry here.
+
+And its size, in `expected_bytes` of tests/test_formats.py.
+"""
 
 from kernels.codebook4 import Codebook4Linear
 from kernels.float8 import Float8DynamicRowLinear, Float8DynamicTensorLinear, Float8Linear

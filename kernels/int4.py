@@ -62,6 +62,7 @@ class Int4Linear(QuantizedLinear):
     """Buffers: weight uint8 [N, ceil(K/2)]; scales, zeros bf16 [N, G], G = ceil(K / groupsize)."""
 
     name = "int4"
+    bits = 4
     default_groupsize = 64
 
     def __init__(

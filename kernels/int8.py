@@ -39,7 +39,7 @@ class Int8Grid(Grid):
 class Int8Linear(QuantizedLinear):
     """Buffers: weight int8 [N, K], scales [N] in the model's dtype."""
 
-    name = "int8"
+    name, bits = "int8", 8
 
     def __init__(self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None):
         super().__init__(in_features, out_features, bias, dtype, device)

@@ -49,6 +49,7 @@ class Int8DynamicInt3Linear(CodedLinear):
     name, bits = "int8dq-int3", 3
     default_groupsize = 128
     integers = True
+    triton_kind = "integer"
     activations = ASYMMETRIC
     quantize_input = staticmethod(int8_asymmetric)
 

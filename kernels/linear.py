@@ -130,15 +130,18 @@ class Linear(nn.Linear):
 class QuantizedLinear(nn.Module):
     """Base of the weight formats: y = x dequantize(W)^T + b. [..., K] -> [..., N].
 
-    A format sets `name`, registers its canonical buffers in `__init__`, and defines `grid`, `pack`,
-    `stored_weight`, and `repack` / `multiply` where it has a kernel. After `repack` the canonical
-    buffers are gone: the module runs, but no longer saves or dequantizes.
+    A format sets `name` and `bits`, registers its canonical buffers in `__init__`, and defines
+    `grid`, `pack`, `stored_weight`, and `repack` / `multiply` where it has a kernel; without one it
+    runs in plain PyTorch, a hundred times slower. After `repack` the canonical buffers are gone:
+    the module runs, but no longer saves or dequantizes. Constants are globals or persistent
+    buffers, since a checkpoint's layers are filled by name.
 
     Any format may have an `input_scale` [K], bf16: x is multiplied by it first, so that the weight
     is the stored one times input_scale, column by column (AWQ, SmoothQuant).
     """
 
     name: str
+    bits: int  # of a code
     default_groupsize: int | None = None  # None: the format has no group size
     groupsizes: tuple[int, ...] = (32, 64, 128, 256)  # that may be asked for; 0: one per row
     shared: tuple[str, ...] = ()  # buffers that are not one entry per output row
@@ -148,6 +151,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype, device):
         super().__init__()
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.groupsize = in_features  # columns that share a scale
         self.register_buffer(
             "bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         )
@@ -167,6 +171,24 @@ class QuantizedLinear(nn.Module):
             self.bias = fn(bias)
         return self
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if self.repacked and not keep_vars:  # torch.export keeps them, and does not save
+            raise RuntimeError("a repacked layer no longer saves: quantize_ with repack=False")
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        if self.repacked:
+            raise RuntimeError("a repacked layer takes no weights: quantize_ with repack=False")
+        scale = state_dict.get(f"{prefix}input_scale")
+        if scale is not None and self.input_scale is None:  # AWQ and SmoothQuant make one
+            self.input_scale = torch.empty_like(scale, device=self.weight.device)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    @property
+    def repacked(self) -> bool:
+        """Whether the canonical buffers have become a kernel's layout."""
+        return self.weight is None
+
     @classmethod
     def from_codes(
         cls, codes: Tensor, params: Params, bias: Tensor | None, dtype: torch.dtype,
@@ -183,8 +205,15 @@ class QuantizedLinear(nn.Module):
         return module
 
     def settings(self) -> dict:
-        """What the checkpoint's header records so that the loader can rebuild this module."""
+        """What the checkpoint's header records so that the loader can rebuild this module.
+
+        The format and, where there is one, the group size: readers of headers know no other.
+        """
         return {"format": self.name}
+
+    def column_bits(self, buffer: str) -> int:
+        """Bits that a column takes in a row of `weight`, or of another buffer of codes."""
+        return self.bits
 
     def weight_bytes(self) -> int:
         """Bytes of all buffers: what one decode step reads of this layer."""

@@ -76,8 +76,9 @@ def exact_activations(flag: bool | None = None) -> bool:
     of the group size up to 64), each with its own fp32 scale; not 256 and more rows with AMX. To 16
     bits in blocks of at most 64, of bf16 and fp16, up to 16 rows: from AVX2 on int8 and uint-n,
     with VNNI codebook4, with AVX-512 int4-sparse24, with VBMI fpx-2-M and fpx-3-M up to 6 bits (of
-    4 with VNNI). In the operator of the whole model AVX-512 does so up to 128 rows, but AMX up to
-    31 of uint-n, 16 of codebook4 and int4-sparse24, 2 of fpx.
+    4 with VNNI), but with AMX no more than 2 rows of these in bf16. In the operator of the whole
+    model AVX-512 does so up to 128 rows; with AMX, in bf16, up to 31 of uint-n and 16 of codebook4
+    and int4-sparse24.
     """
     global _exact
     if flag is not None:
@@ -204,7 +205,7 @@ def _run(command: list[str], out: Path) -> None:
 
 
 def set_cpu_level(level: str, emulated: bool = False) -> str:
-    """Run the kernels of `level` (best, amx, avx512bf16, avx512, avx2, portable); returns its name.
+    """Run the kernels of `level` (best or a key of LEVELS); returns its name.
 
     A level that this CPU lacks is a ValueError, unless its instructions are `emulated`.
     """

@@ -64,6 +64,9 @@ class Int4Sparse24Linear(CodedLinear):
     def row_bytes(self) -> int:
         return -(-self.in_features // 4)
 
+    def column_bits(self, buffer: str) -> int:
+        return {"weight": 2, "positions": 1}[buffer]
+
     def grid(self) -> Sparse24Grid:
         return Sparse24Grid(self.groupsize)
 

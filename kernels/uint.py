@@ -48,6 +48,7 @@ class UintLinear(CodedLinear):
 
     default_groupsize = 64
     has_zeros = integers = True
+    triton_kind = "integer"
 
     def grid(self) -> UintGrid:
         return UintGrid(self.bits, self.groupsize)

@@ -85,7 +85,7 @@ class W4A8Linear(IntegerProduct, CodedLinear):
         return torch.arange(16.0) - 8
 
     def pack(self, codes: Tensor, params: Params) -> None:
-        super().pack(codes, {"scales": params["scales"][:, :1]})
+        super().pack(codes, {"scales": params["scales"][:, :1].contiguous()})
         if self.groupsize_setting:
             self.group_scales = params["group_scales"].to(torch.float16)
 

@@ -63,7 +63,7 @@ def at_level(name: str):
 
 @pytest.fixture(params=["avx512vbmi", "avx512", "avxvnni", "avx2", "portable"])
 def level(request, library):
-    """Each level of the CPU kernels that this CPU runs, but those that avx512 is most of."""
+    """Each level of the CPU kernels that this CPU runs, but those with BF16 and AMX."""
     yield from at_level(request.param)
 
 

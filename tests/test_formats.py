@@ -150,6 +150,21 @@ def test_each_byte_of_values_and_activations_counts(name, rounding_level):
         torch.testing.assert_close(y.double(), want[:-1], rtol=2**-11, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["int8", *IN_16_BITS, *LOOKED_UP])
+def test_extreme_activations_in_16_bits(name, rounding_level):
+    """What is not a number stays none, in its row alone; large numbers overflow no earlier."""
+    module, *_ = quantized(name, random_weight(16, 96))
+    weight = module.dequantize().double()
+    module.repack()
+    for rows in (1, 2, 5):
+        x = torch.randn(rows, 96).bfloat16() * 1e34
+        want = module.rounded_input(x) @ weight.t()
+        assert (module(x) - want).norm() / want.norm() < 2**-8
+        x[-1] = torch.nan  # all of it: pruned columns may not count
+        y = module(x)
+        assert y[-1].isnan().all() and y[:-1].isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["common", "all", "subnormal"])
 @pytest.mark.parametrize("name", ["float8", "float8dq-row", *(f.name for f in FLOAT_FORMATS)])
 def test_small_floats_meet_few_rows(name, kind, exact):
@@ -207,7 +222,7 @@ def expected_bytes(name, n, k):
         return n * (packed_size(k, 4) + 2 * groups(64)) + 64
     if name == "w4a8":
         return n * (packed_size(k, 4) + 2 * groups(128) + 4)
-    assert name == "int4-sparse24"
+    assert name == "int4-sparse24", f"no size of {name} is known here"
     return n * (groups(4) + packed_size(groups(4), 4) + 2 * groups(128))
 
 

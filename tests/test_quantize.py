@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from tiny import save_tiny
 from torch import nn
 
 import quantize
-from checkpoint import load_model, open_checkpoint
+from checkpoint import load_model, open_checkpoint, repack
 from engine import Engine, Sampling
 from errors import UserError
 from huggingface import config_from_hf, hf_names
@@ -367,3 +367,36 @@ def test_killed_run_leaves_no_file_under_the_final_name(tmp_path):
     assert not (directory / "model_int8.safetensors").exists()
     assert run("--mode", "int8", "--checkpoint_path", directory).returncode == 0
     assert (directory / "model_int8.safetensors").exists()
+
+
+@pytest.mark.parametrize("mode", ["int4", "int8", "w4a8", "int8dq-smooth", "codebook4-awq"])
+def test_state_dicts_of_ones_own_modules(mode):
+    """Saved and loaded without repacking; a repacked module refuses both, and loses nothing."""
+    net, x = nn.Sequential(nn.Linear(192, 64), nn.Linear(64, 16)), torch.randn(5, 192)
+    other = copy.deepcopy(net)
+    quantize_(net, mode, inputs=[(x,)], repack=False)
+    state = load(save(net.state_dict()))
+    quantize_(other, mode.partition("-smooth")[0].partition("-awq")[0], repack=False)
+    with torch.no_grad():
+        other[0].bias.add_(1)
+    other.load_state_dict(state)
+    want = net(x)
+    assert torch.equal(other(x), want)
+    repack(other)
+    if other[0].repacked:
+        with pytest.raises(RuntimeError, match="repack=False"):
+            other.state_dict()
+        with pytest.raises(RuntimeError, match="repack=False"):
+            other.load_state_dict(state)
+    assert (other(x) - want).norm() / want.norm() < 0.02
+
+
+def test_nothing_to_quantize_and_inputs_that_are_no_tuples():
+    net, x = nn.Sequential(nn.Linear(64, 32)), torch.randn(2, 64)
+    for inputs in (x, [x]):
+        with pytest.raises(UserError, match="argument tuples"):
+            quantize_(net, "int4-gptq", inputs=inputs)
+    quantize_(net, "int4")
+    for model in (net, nn.ReLU()):
+        with pytest.raises(UserError, match="has no"):
+            quantize_(model, "int8")

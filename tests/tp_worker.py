@@ -39,7 +39,7 @@ def main() -> None:
         engine.cached = []
         ids = engine.generate(prompts, 12).token_ids
         layers = [model.layers[0].attention.wo, model.layers[0].feed_forward.w2]
-        size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        size = sum(t.numel() * t.element_size() for t in model.state_dict(keep_vars=True).values())
         result = {"name": case["name"], "error": error, "same": ids == case["greedy"],
                   "cut": [type(x).__name__ for x in layers], "bytes": size}  # fmt: skip
         if case["name"] in ("fp32", "int4") and ranks.size == 2:  # compiling takes long

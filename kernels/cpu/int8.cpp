@@ -3,8 +3,9 @@
 // Tile t holds output rows 16 t .. 16 t + 15; four columns of all 16 rows lie together in 64 bytes,
 // as unsigned bytes q + 128: the form of the VNNI product of unsigned and signed bytes. With
 // x ~ xs * xq in blocks of columns: sum x q = sum over blocks of xs * (xq . (q + 128) - 128 sum xq).
-// Weight-only, xq has 16 bits, two int8 products: of a block's largest number, which bf16 knows to
-// 2^-9, it is off by at most 2^-16, and reading the weight takes longer than both products.
+// Weight-only, xq has 16 bits, two int8 products where these are one instruction: of a block's largest
+// number, which bf16 knows to 2^-9, it is off by at most 2^-16, and reading the weight takes longer than
+// both products.
 #include "level.h"
 
 namespace CPU_LEVEL {

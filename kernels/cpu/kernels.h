@@ -72,7 +72,7 @@ struct Coded {
   float table[32];              // value of the code's low 5 bits
   int bits, exponent_bits;      // exponent_bits > 0: codes are small floats
   bool integers;                // value = code + table[0]
-  // else, of codes of up to 6 bits: value ~ unit * (256 high + low - 32768), the bytes of each code
+  // else, where unit is not 0: value ~ unit * (256 high + low - 32768), with the bytes of each code
   uint8_t low[64], high[64];
   float unit;
   Type scale_type;

@@ -48,7 +48,7 @@ static void pairs(const Coded& c, int64_t tile, int64_t m0) {
       for (int64_t k = k0; k < k1; k += kBlock) {
         const uint32_t* block = first.codes + k / kBlock * Bits * 16;
         UNROLL
-        for (int line = 0; M < kRows && line < Bits * T; line++)
+        for (int line = 0; line < Bits * T; line++)
           prefetch(block + T * stride + line % T * stride + line / T * 16);
         unrolled<0, kBlock / 4>([&](auto step) __attribute__((always_inline)) {
           vi codes[T][kParts], upper[T][kParts];
@@ -78,7 +78,7 @@ static void pairs(const Coded& c, int64_t tile, int64_t m0) {
       for (int t = 0; t < T; t++)
         UNROLL
         for (int p = 0; p < kParts; p++) {
-          const vf scale = (t ? last : first).scale(c, g, p);
+          const vf scale = (t ? last : first).scale(c, g, p) * (kLookup ? c.unit : 1);
           UNROLL
           for (int m = 0; m < M; m++) {
             const vi ones = dots[m][t][p], more = tops[m][t][p];
@@ -98,11 +98,7 @@ static void pairs(const Coded& c, int64_t tile, int64_t m0) {
       }
   }
   for (int t = 0; t < T; t++)
-    for (int m = 0; m < M; m++) {
-      UNROLL
-      for (int p = 0; kLookup && p < kParts; p++) sums[m][t][p] *= c.unit;
-      finish(a, m0 + m, (tile + t) * 16, sums[m][t]);
-    }
+    for (int m = 0; m < M; m++) finish(a, m0 + m, (tile + t) * 16, sums[m][t]);
 }
 
 template <int Bits, bool kLookup>
