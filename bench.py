@@ -122,13 +122,15 @@ def random_entry(mode: Mode, name: str) -> Entry:
 def quantized_file(source: Checkpoint, mode: Mode, folder: Path, device: str) -> Path:
     """A checkpoint of that mode, written into `folder` with quantize.py's defaults.
 
-    What an earlier run wrote there is taken, if it was made of this source as it is now.
+    What an earlier run wrote there is taken, if it was made of this source, and by this code, as
+    they are now.
     """
     name = default_output(source, mode).name
     made_from = {"path": str(source.path.resolve()), "modified": modified(source)}
     note = folder / f"{name}.source.json"  # whose a file in `folder` is
     want = (str(mode), mode.groupsize, str(head_mode(mode, None)))
     known = note.exists() and json.loads(note.read_text()) == made_from
+    known = known and note.stat().st_mtime > code_modified()
     path = folder / name
     if known and path.exists():
         header = open_checkpoint(path).header
@@ -152,6 +154,12 @@ def quantized_file(source: Checkpoint, mode: Mode, folder: Path, device: str) ->
 def modified(checkpoint: Checkpoint) -> float:
     """When its newest file was written, in seconds since the epoch."""
     return max(path.stat().st_mtime for path in set(checkpoint.files.values()))
+
+
+def code_modified() -> float:
+    """When the newest Python file of the project was written, tests and scripts left out."""
+    files = [*HERE.glob("*.py"), *HERE.glob("kernels/**/*.py")]
+    return max(path.stat().st_mtime for path in files)
 
 
 def checkpoint_entry(source: Checkpoint, mode: Mode, folder: Path, device: str) -> Entry:
@@ -198,12 +206,12 @@ def score(entries: list[Entry], flags: list[str], folder: Path) -> None:
 def perplexity(entry: Entry, flags: list[str], kept: Path) -> float:
     """What eval.py finds, or found: `kept` holds its figures and flags from an earlier run.
 
-    They are taken if the flags are the same and neither the checkpoint nor the text is newer.
+    They are taken if the flags are the same and neither checkpoint, text nor code is newer.
     """
     flags = [*entry.flags, *flags]
     checkpoint = open_checkpoint(Path(flags[flags.index("--checkpoint_path") + 1]))
     text = Path(flags[flags.index("--text") + 1])
-    changed = max(modified(checkpoint), text.stat().st_mtime)
+    changed = max(modified(checkpoint), text.stat().st_mtime, code_modified())
     if kept.exists() and kept.stat().st_mtime > changed:
         earlier = json.loads(kept.read_text())
         if earlier.get("flags") == flags:
@@ -270,7 +278,7 @@ def parse_args() -> argparse.Namespace:
         help="a turn that takes longer counts as failed; default: none")  # fmt: skip
     add("--work_dir", type=Path,
         help="keep the quantized checkpoints and their perplexities here, and use those that "
-        "are there; default: a temporary folder")  # fmt: skip
+        "are there and newer than the code; default: a temporary folder")  # fmt: skip
     add("--json", type=Path, help="write the rows here")
     add("--plot", type=Path, metavar="FILE", help="draw speed and size against perplexity")
     return parser.parse_args()

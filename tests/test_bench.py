@@ -126,6 +126,11 @@ def test_files_are_reused_only_if_the_header_matches(tmp_path, monkeypatch):
     real = bench.run_script
     monkeypatch.setattr(bench, "run_script", lambda *a: written.append(a) or real(*a))
     assert bench.quantized_file(source, mode, folder, "cpu") == path and not written
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "code_modified", lambda: 2**33)
+        bench.quantized_file(source, mode, folder, "cpu")  # the code is newer
+    assert len(written) == 1
+    written.clear()
     other = open_checkpoint(save_tiny_with_tokenizer(tmp_path / "other", seed=7)[0])
     before = path.read_bytes()
     bench.quantized_file(other, mode, folder, "cpu")  # another model of the same shape
@@ -162,6 +167,10 @@ def test_perplexities_are_kept_with_their_flags(tmp_path, monkeypatch):
     assert bench.perplexity(entry, two, kept) == 3
     os.utime(directory / "model.safetensors", (2**33, 2**33))  # another model under that name
     assert bench.perplexity(entry, two, kept) == 4
+    os.utime(directory / "model.safetensors", (0, 0))
+    assert bench.perplexity(entry, two, kept) == 4
+    monkeypatch.setattr(bench, "code_modified", lambda: 2**33)
+    assert bench.perplexity(entry, two, kept) == 5
 
 
 def test_two_modes_on_a_tiny_model(tmp_path):
