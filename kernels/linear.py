@@ -132,7 +132,7 @@ class QuantizedLinear(nn.Module):
 
     A format sets `name` and `bits`, registers its canonical buffers in `__init__`, and defines
     `grid`, `pack`, `stored_weight`, and `repack` / `multiply` where it has a kernel; without one it
-    runs in plain PyTorch, a hundred times slower. After `repack` the canonical buffers are gone:
+    runs in plain PyTorch, far slower. After `repack` the canonical buffers are gone:
     the module runs, but no longer saves or dequantizes. Constants are globals or persistent
     buffers, since a checkpoint's layers are filled by name.
 
