@@ -72,10 +72,7 @@ def quantize_(
     parsed = parse_mode(mode, groupsize)
     if parsed.format in FLOAT_MODES:
         return model.to(FLOAT_MODES[parsed.format])
-    if not any(isinstance(module, nn.Linear) for module in model.modules()):
-        raise UserError("the model has no nn.Linear: it may be quantized already")
-    inputs = argument_tuples(inputs)
-    places = places_of_linears(model, skip)
+    places, inputs = places_of_linears(model, skip), argument_tuples(inputs)
     linears = {name: model.get_submodule(name) for name in places}
     modes, stats = dict.fromkeys(linears, parsed), {}
     if parsed.format in AUTOQUANT:
@@ -111,6 +108,8 @@ def argument_tuples(inputs: Iterable[tuple]) -> Iterable[tuple]:
 
 def places_of_linears(model: nn.Module, skip: Callable[[str], bool]) -> dict[str, list[str]]:
     """All names of each nn.Linear, but those that `skip` picks, by the first of them."""
+    if not any(isinstance(module, nn.Linear) for module in model.modules()):
+        raise UserError("the model has no nn.Linear: it may be quantized already")
     places = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear) and not skip(name):

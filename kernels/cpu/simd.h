@@ -1,8 +1,9 @@
 // Vectors of kLanes 32-bit numbers, as wide as this file's compiler flags allow.
 //
 // Every kernel file is compiled once per level that it serves (native.py) with CPU_LEVEL naming the
-// namespace, and set_cpu_level picks a level at run time. Nothing from the C++ library or from torch is included here: an inline
-// function compiled for AVX-512 could otherwise be the copy that the linker keeps for every level.
+// namespace, and set_cpu_level picks a level at run time. Nothing from the C++ library or from torch is
+// included here: an inline function compiled for AVX-512 could otherwise be the copy that the linker
+// keeps for every level.
 #pragma once
 #include <stdint.h>
 #include <string.h>
