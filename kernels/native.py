@@ -74,11 +74,11 @@ def exact_activations(flag: bool | None = None) -> bool:
 
     By default int4 products round activations to int8 in blocks of 64 columns (the largest divisor
     of the group size up to 64), each with its own fp32 scale; not 256 and more rows with AMX. To 16
-    bits in blocks of at most 64, of bf16 and fp16, up to 16 rows: from AVX2 on int8 and uint-n,
-    with VNNI codebook4, with AVX-512 int4-sparse24, with VBMI fpx-2-M and fpx-3-M up to 6 bits (of
-    4 with VNNI), but with AMX no more than 2 rows of these in bf16. In the operator of the whole
-    model AVX-512 does so up to 128 rows; with AMX, in bf16, up to 31 of uint-n and 16 of codebook4
-    and int4-sparse24.
+    bits in blocks of at most 64, of bf16 and fp16: from AVX2 on int8, and uint-n (more than 16 rows
+    with AVX-512), with AVX-512 int4-sparse24; up to 16 rows, in the operator of the whole model
+    with AVX-512 up to 128, with VNNI codebook4, with VBMI fpx-2-M and fpx-3-M up to 6 bits (of 4
+    with VNNI). With AMX, in bf16, up to 16 rows alone, of fpx 2; in that operator 128 of int8, 31
+    of uint-n and 16 of the others.
     """
     global _exact
     if flag is not None:

@@ -31,7 +31,7 @@ static void widen_panel(const Coded& c, Format format, int64_t tile, int64_t k0,
       memset(columns, 0, sizeof columns);
       if ((tile + t) * 16 >= a.n || k0 + k >= end) {}
       else if (format != Format::coded) widen(a, tile + t, k0 + k, end, columns);
-      else avx512::coded_widen(c, tile + t, tile + t + 1, k0 + k, end, kPanelWidth, columns);
+      else avx512::coded_widen(c, tile + t, k0 + k, end, kPanelWidth, columns);
       for (int64_t i = 0; i < kChunk; i += 2) {
         const vf even = load<vf>(columns + i * kPanelWidth);
         const vf odd = load<vf>(columns + (i + 1) * kPanelWidth);

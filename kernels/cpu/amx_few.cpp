@@ -37,7 +37,7 @@ INLINE void finish_tile(const Linear& a, int64_t tile, const float* sums) {
 }
 
 void int8_pairs(const Linear& a, int64_t t0, int64_t t1) {
-  if (a.m < kFewest || a.kpad % kPairBlock) return avx512::kernels.int8_pairs(a, t0, t1);
+  if (a.m < kFewest || a.m > kFewRows || a.kpad % kPairBlock) return avx512::kernels.int8_pairs(a, t0, t1);
   constexpr int64_t kBytes = kPairBlock * 16;  // of a block of a tile
   const int64_t stride = a.kpad * 16;
   const int8_t *high = a.xq, *low = high + a.m * a.kpad;

@@ -130,27 +130,31 @@ struct Call {
 
   bool has_bf16_panels() const { return kernels().bf16_panels && a.type == Type::bf16; }
 
-  // Many rows: products with panels of W. In fp32 kPanelRows rows of x at a time.
-  void through_panels(Format format) {
-    if (format != Format::rows && has_bf16_panels())
-      return through_bf16_panels(format, Coded{a}, x.view({a.m, a.k}));
-    const int64_t rows = std::min(a.m, kPanelRows), all = a.m, count = div_up(a.n, kPanelWidth);
+  // Many rows: products with panels of W. In fp32 kPanelRows rows of x at a time, or, of x that was
+  // rounded, of `rounded` [m, kpad] with scales xs [m].
+  void through_panels(Format format, Coded c, const float* rounded = nullptr) {
+    if (format != Format::rows && !rounded && has_bf16_panels())
+      return through_bf16_panels(format, c, x.view({a.m, a.k}));
+    Linear& part = c.a;
+    const int64_t rows = std::min(a.m, kPanelRows), count = div_up(a.n, kPanelWidth);
     const int64_t per_thread = kPanelWidth * (kPanelDepth + rows), size = x.element_size();
-    const int64_t threads = at::get_num_threads();
-    Scratch scratch(Scratch::round_up(rows * a.kpad * 4) + threads * per_thread * 4);
-    float* wide = scratch.take<float>(rows * a.kpad);
+    const int64_t threads = at::get_num_threads(), wide_bytes = rounded ? 0 : rows * part.kpad * 4;
+    Scratch scratch(Scratch::round_up(wide_bytes) + threads * per_thread * 4);
+    float* wide = scratch.take<float>(wide_bytes / 4);
     float* own = scratch.take<float>(threads * per_thread);
-    a.x = wide;
-    for (int64_t m = 0; m < all; m += rows) {
-      a.m = std::min(rows, all - m);
-      a.y = static_cast<char*>(y.mutable_data_ptr()) + m * a.n * size;
+    for (int64_t m = 0; m < a.m; m += rows) {
+      part.m = std::min(rows, a.m - m);
+      part.y = static_cast<char*>(y.mutable_data_ptr()) + m * a.n * size;
+      part.x = rounded ? rounded + m * part.kpad : wide;
+      if (rounded && m) part.xs += rows;
       const char* from = static_cast<const char*>(x.const_data_ptr()) + m * a.k * size;
-      at::parallel_for(0, a.m, 16, [&](int64_t i, int64_t j) {
-        kernels().widen_rows(from + i * a.k * size, a.type, j - i, a.k, a.kpad, false,
-                             wide + i * a.kpad);
-      });
+      if (!rounded)
+        at::parallel_for(0, part.m, 16, [&](int64_t i, int64_t j) {
+          kernels().widen_rows(from + i * a.k * size, a.type, j - i, a.k, part.kpad, false,
+                               wide + i * part.kpad);
+        });
       at::parallel_for(0, count, 1, [&](int64_t i, int64_t j) {
-        kernels().panels(a, format, i, j, own + at::get_thread_num() * per_thread);
+        kernels().panels(c, format, i, j, own + at::get_thread_num() * per_thread);
       });
     }
   }

@@ -333,21 +333,19 @@ void coded_tiles(const Coded& c, int64_t tile0, int64_t tile1) {
   }
 }
 
-void coded_widen(const Coded& c, int64_t tile0, int64_t tile1, int64_t k0, int64_t k1,
-                 int64_t stride, float* out) {
+// The weight of columns k0 .. k1 in fp32: column k of row r of the tile at out[(k - k0) * stride + r].
+void coded_widen(const Coded& c, int64_t t, int64_t k0, int64_t k1, int64_t stride, float* out) {
   const Decoder f = choose(c);
+  const Tile tile(c, t);
   alignas(64) float block[kBlock * 16];
-  for (int64_t t = tile0; t < tile1; t++) {
-    const Tile tile(c, t);
-    for (int64_t k = k0; k < k1; k += kBlock) {
-      const int64_t g = min(k / c.a.group, c.a.groups - 1);
-      decode(c, f, tile, k / kBlock, block);
-      for (int p = 0; p < kParts; p++) {
-        const vf scale = tile.scale(c, g, p) * f.factor, zero = tile.zero(g, p);
-        for (int i = 0; i < kBlock; i++)
-          store(out + (k - k0 + i) * stride + (t - tile0) * 16 + p * kLanes,
-                (load<vf>(block + i * 16 + p * kLanes) - zero) * scale);
-      }
+  for (int64_t k = k0; k < k1; k += kBlock) {
+    const int64_t g = min(k / c.a.group, c.a.groups - 1);
+    decode(c, f, tile, k / kBlock, block);
+    for (int p = 0; p < kParts; p++) {
+      const vf scale = tile.scale(c, g, p) * f.factor, zero = tile.zero(g, p);
+      for (int i = 0; i < kBlock; i++)
+        store(out + (k - k0 + i) * stride + p * kLanes,
+              (load<vf>(block + i * 16 + p * kLanes) - zero) * scale);
     }
   }
 }

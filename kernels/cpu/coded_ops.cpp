@@ -152,8 +152,11 @@ void read_coded(Coded& c, const void* x, int64_t activations, Meets how, char* s
     from.type = Type::fp32;
     from.k = a.kpad;
   }
-  kernels().quantize_rows(activations ? wide : x, from, q, 0, a.m);
-  for (int64_t i = 0; c.positions && i < 2 * a.m * a.kpad; i++) q.xq[i] ^= int8_t(-128);
+  at::parallel_for(0, a.m, div_up(16384, std::max<int64_t>(a.k, 1)), [&](int64_t i, int64_t j) {
+    kernels().quantize_rows(activations ? wide : x, from, q, i, j);
+    for (int8_t* plane : {q.xq, q.xq + a.m * a.kpad})
+      for (int64_t at = i * a.kpad; c.positions && at < j * a.kpad; at++) plane[at] ^= int8_t(-128);
+  });
   a.xq = q.xq;
   a.xs = q.xs;
   a.offset = q.offset;
@@ -161,26 +164,6 @@ void read_coded(Coded& c, const void* x, int64_t activations, Meets how, char* s
 }
 
 namespace {
-
-// Many rows: W^T in fp32 panels, then fp32 products.
-void through_wide_panels(Call& call, const Coded& c, const Tensor& rows) {
-  const Linear& a = c.a;
-  Tensor panel = at::empty({a.kpad, std::min(div_up(a.n, 16) * 16, kPanelRows)}, rows.options());
-  Tensor out = call.y.view({a.m, a.n}), scales;
-  if (a.xs) scales = at::from_blob(const_cast<float*>(a.xs), {a.m, 1}, rows.options());
-  float* to = panel.mutable_data_ptr<float>();
-  const int64_t width = panel.size(1);
-  for (int64_t n = 0; n < a.n; n += kPanelRows) {
-    int64_t count = std::min(kPanelRows, a.n - n), first = n / 16;
-    at::parallel_for(0, div_up(count, 16), 4, [&](int64_t i, int64_t j) {
-      kernels().coded_widen(c, first + i, first + j, 0, a.kpad, width, to + i * 16);
-    });
-    Tensor part = at::mm(rows, panel.narrow(1, 0, count));
-    if (a.xs) part.mul_(scales);
-    if (call.bias.defined()) part.add_(call.bias.narrow(0, n, count));
-    out.narrow(1, n, count).copy_(part);
-  }
-}
 
 Tensor coded_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, OptTensor zeros,
                     OptTensor positions, const Tensor& table, OptTensor bias, int64_t n, int64_t k,
@@ -193,35 +176,35 @@ Tensor coded_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, 
   if (call.empty()) return call.y;
   Linear& a = c.a;
   const char* from = static_cast<const char*>(call.x.const_data_ptr());
-  if (a.m <= kFewRows) {  // stream the codes, each thread its tiles
-    const Meets how = how_meets(c, a.m, activations, exact);
+  const Meets how = how_meets(c, a.m, activations, exact);
+  // Of many rows those that AVX-512 multiplies as bytes: without AMX nothing is faster.
+  const bool as_bytes = how == Meets::pairs && (integers || positions) && kernels().lanes == 16;
+  if (a.m <= kFewRows || (as_bytes && !call.has_bf16_panels())) {  // each thread streams its tiles
     Scratch scratch(coded_bytes(a));
     read_coded(c, from, activations, how, scratch.take<char>(coded_bytes(a)));
     call.over_tiles((positions ? 3 : bits) * a.kpad * 2,
                     [&](int64_t i, int64_t j) { coded_product(c, how, i, j); });
     return call.y;
   }
-  if (!activations && call.has_bf16_panels()) {
-    call.through_bf16_panels(Format::coded, c, call.x.view({a.m, k}));
+  if (!activations) {
+    call.through_panels(Format::coded, c);
     return call.y;
   }
-  Tensor wide = at::empty({a.m, a.kpad + (activations ? 1 : 0)}, x.options().dtype(at::kFloat));
-  float *xw = wide.mutable_data_ptr<float>(), *xs = xw + a.m * a.kpad;
+  Tensor rounded = at::empty({a.m, a.kpad}, x.options().dtype(at::kFloat));
+  Tensor row_scales = at::empty({a.m}, rounded.options());
+  float *wide = rounded.mutable_data_ptr<float>(), *xs = row_scales.mutable_data_ptr<float>();
   const bool apart = activations != 3;  // whether rows are rounded without knowing the others
   at::parallel_for(0, a.m, 16, [&](int64_t i, int64_t j) {
-    float* rows = xw + i * a.kpad;
+    float* rows = wide + i * a.kpad;
     kernels().widen_rows(from + i * k * x.element_size(), a.type, j - i, k, a.kpad, false, rows);
-    if (activations && apart)
-      kernels().round_rows(rows, j - i, k, a.kpad, int(activations), xs + i);
+    if (apart) kernels().round_rows(rows, j - i, k, a.kpad, int(activations), xs + i);
   });
-  if (!apart) kernels().round_rows(xw, a.m, k, a.kpad, int(activations), xs);
-  a.x = xw;
-  a.xs = activations ? xs : nullptr;
-  const Tensor rows = at::from_blob(xw, {a.m, a.kpad}, wide.options());
+  if (!apart) kernels().round_rows(wide, a.m, k, a.kpad, int(activations), xs);
+  a.xs = xs;
   if (call.has_bf16_panels())  // e4m3 and integers up to 255 are bf16 numbers
-    call.through_bf16_panels(Format::coded, c, rows.to(at::kBFloat16));
+    call.through_bf16_panels(Format::coded, c, rounded.to(at::kBFloat16));
   else
-    through_wide_panels(call, c, rows);
+    call.through_panels(Format::coded, c, wide);
   return call.y;
 }
 

@@ -95,7 +95,7 @@ struct Kernels {
   void (*int4_exact)(const Linear&, int64_t tile0, int64_t tile1);
   void (*int4dq_tiles)(const Linear&, int64_t tile0, int64_t tile1);  // a.scales: nested
   // panels of 32 outputs, many rows; scratch: kPanelWidth (kPanelDepth + m) floats
-  void (*panels)(const Linear&, Format, int64_t panel0, int64_t panel1, float* scratch);
+  void (*panels)(const Coded&, Format, int64_t panel0, int64_t panel1, float* scratch);
   // of all but rows, for bf16 x [m, k] as it is, zeros up to whole 16 rows of whole 32 columns, with
   // scales xs [m] or without; only coded needs more than c.a; null where there is no AMX
   void (*bf16_panels)(const Coded& c, Format, int64_t panel0, int64_t panel1);
@@ -110,10 +110,6 @@ struct Kernels {
   // of small floats, a group a row, x [m, kpad] in bf16, of each four columns the middle two swapped;
   // null without AVX-512 BF16
   void (*half_tiles)(const Coded&, int64_t tile0, int64_t tile1);
-  // fp32 weights of whole blocks of 32 columns k0 .. k1, column k of row r of tile t at
-  // out[(k - k0) * stride + 16 (t - tile0) + r]
-  void (*coded_widen)(const Coded&, int64_t tile0, int64_t tile1, int64_t k0, int64_t k1,
-                      int64_t stride, float* out);
   void (*attend)(const Attention&, int64_t begin, int64_t end);
   // Row r of `splits` parts of attend(), `stride` floats apart and starting with out [rows, padded],
   // max, sum -> y [d] at index `at`

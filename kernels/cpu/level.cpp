@@ -24,7 +24,6 @@ extern const Kernels kernels{
     .sparse_pairs = kLanes == 16 ? sparse_pairs : nullptr,
     .lookup_bits = kLookupBits,
     .half_tiles = nullptr,
-    .coded_widen = coded_widen,
     .attend = attend,
     .merge = merge,
     .read_sum = read_sum,

@@ -16,15 +16,14 @@ void int4_tiles(const Linear&, int64_t tile0, int64_t tile1);
 void int4_exact(const Linear&, int64_t tile0, int64_t tile1);
 void int4dq_tiles(const Linear&, int64_t tile0, int64_t tile1);
 void int4_panel(const Linear&, int64_t tile, int64_t k0, int64_t k1, float* out);
-void panels(const Linear&, Format, int64_t panel0, int64_t panel1, float* scratch);
+void panels(const Coded&, Format, int64_t panel0, int64_t panel1, float* scratch);
 void bf16_panels(const Coded&, Format, int64_t panel0, int64_t panel1);
 void round_rows(float* x, int64_t m, int64_t k, int64_t kpad, int mode, float* scales);
 void coded_tiles(const Coded&, int64_t tile0, int64_t tile1);
 void plane_pairs(const Coded&, int64_t tile0, int64_t tile1);
 void sparse_pairs(const Coded&, int64_t tile0, int64_t tile1);
 void half_tiles(const Coded&, int64_t tile0, int64_t tile1);
-void coded_widen(const Coded&, int64_t tile0, int64_t tile1, int64_t k0, int64_t k1, int64_t stride,
-                 float* out);
+void coded_widen(const Coded&, int64_t tile, int64_t k0, int64_t k1, int64_t stride, float* out);
 void attend(const Attention&, int64_t begin, int64_t end);
 void merge(const float* parts, int64_t splits, int64_t stride, int64_t rows, int64_t r, int64_t d,
            Type, void* y, int64_t at);

@@ -8,14 +8,13 @@
 
 namespace {
 
-// Whether ATen's product for many rows beats ours: fp32 always (MKL), bf16 and fp16 only with
-// instructions of their own.
+// Whether ATen's product for many rows beats ours: fp32 where MKL does its best, bf16 and fp16 only
+// with instructions of their own.
 bool fast_in_aten(at::ScalarType type) {
 #if defined(__x86_64__)
-  if (kernels().lanes < 16) return type == at::kFloat;
-  return type == at::kFloat ||
-         (type == at::kBFloat16 && __builtin_cpu_supports("avx512bf16")) ||
-         (type == at::kHalf && __builtin_cpu_supports("avx512fp16"));
+  if (type == at::kFloat) return __builtin_cpu_is("intel");
+  return kernels().lanes == 16 && (type == at::kBFloat16 ? __builtin_cpu_supports("avx512bf16")
+                                                         : __builtin_cpu_supports("avx512fp16"));
 #else
   return true;
 #endif
@@ -39,7 +38,7 @@ Tensor float_linear(const Tensor& x, const Tensor& weight, OptTensor bias) {
   Tensor rows = weight.contiguous();
   a.w = rows.const_data_ptr();
   if (many) {
-    call.through_panels(Format::rows);
+    call.through_panels(Format::rows, Coded{a});
     return call.y;
   }
   a.kpad = div_up(k, 32) * 32;
@@ -114,7 +113,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, O
   Linear& a = call.a;
   a.w = tiles.const_data_ptr();
   a.kpad = div_up(k, 4) * 4;
-  if (a.m <= kFewRows && k > 0 && in_pairs(a.type, exact)) {
+  if (k > 0 && in_pairs(a.type, exact) && (a.m <= kFewRows || !call.has_bf16_panels())) {
     a.block = kPairBlock;
     with_quantized(call, 128, Rounding::pairs, false, [&] {
       call.over_tiles(int8_tile_bytes(k),
@@ -126,7 +125,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, O
                       [&](int64_t i, int64_t j) { kernels().int8_exact(a, i, j); });
     });
   } else {
-    call.through_panels(Format::int8);
+    call.through_panels(Format::int8, Coded{a});
   }
   return call.y;
 }
@@ -206,7 +205,7 @@ Tensor int4_linear(const Tensor& x, const Tensor& tiles, OptTensor bias, int64_t
       call.over_tiles(bytes, [&](int64_t i, int64_t j) { kernels().int4_exact(a, i, j); });
     });
   } else {
-    call.through_panels(Format::int4);
+    call.through_panels(Format::int4, Coded{a});
   }
   return call.y;
 }

@@ -29,7 +29,8 @@ static void float_panel(const Linear& a, int64_t tile, int64_t k0, int64_t k1, f
   }
 }
 
-void panels(const Linear& a, Format format, int64_t p0, int64_t p1, float* scratch) {
+void panels(const Coded& c, Format format, int64_t p0, int64_t p1, float* scratch) {
+  const Linear& a = c.a;
   float* panel = scratch;
   float* sums = scratch + kDepth * kWidth;
   auto* widen = format == Format::int8 ? int8_panel : format == Format::int4 ? int4_panel : float_panel;
@@ -38,14 +39,18 @@ void panels(const Linear& a, Format format, int64_t p0, int64_t p1, float* scrat
     for (int64_t k0 = 0; k0 < a.kpad; k0 += kDepth) {
       const int64_t k1 = min(k0 + kDepth, a.kpad);
       for (int t = 0; t < 2; t++)
-        if ((p * 2 + t) * 16 < a.n) widen(a, p * 2 + t, k0, k1, panel + t * 16);
+        if (const int64_t tile = p * 2 + t; tile * 16 >= a.n) {}
+        else if (format == Format::coded) coded_widen(c, tile, k0, k1, kWidth, panel + t * 16);
+        else widen(a, tile, k0, k1, panel + t * 16);
       multiply_all(a.m, kWidth, a.x + k0, a.kpad, panel, kWidth, k1 - k0, sums, kWidth);
     }
     for (int64_t m = 0; m < a.m; m++)
       for (int64_t t = 0; t < 2; t++)
         if ((p * 2 + t) * 16 < a.n) {
           vf line[kParts];
-          memcpy(line, sums + m * kWidth + t * 16, sizeof line);
+          UNROLL
+          for (int i = 0; i < kParts; i++)
+            line[i] = load<vf>(sums + m * kWidth + t * 16 + i * kLanes) * (a.xs ? a.xs[m] : 1.0f);
           finish(a, m, (p * 2 + t) * 16, line);
         }
   }

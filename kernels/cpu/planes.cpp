@@ -103,7 +103,7 @@ static void pairs(const Coded& c, int64_t tile, int64_t m0) {
 
 template <int Bits, bool kLookup>
 static void all_rows(const Coded& c, int64_t t0, int64_t t1) {
-  each_tile<kExactRows>(t0, t1, 0, c.a.m, [&](auto m, auto t, int64_t tile, int64_t row) {
+  each_tile<kLookup ? kExactRows : kRows>(t0, t1, 0, c.a.m, [&](auto m, auto t, int64_t tile, int64_t row) {
     pairs<Bits, kLookup, m.value, t.value>(c, tile, row);
   });
 }
