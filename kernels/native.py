@@ -77,8 +77,8 @@ def exact_activations(flag: bool | None = None) -> bool:
     bits in blocks of at most 64, of bf16 and fp16: from AVX2 on int8, and uint-n (more than 16 rows
     with AVX-512), with AVX-512 int4-sparse24; up to 16 rows, in the operator of the whole model
     with AVX-512 up to 128, with VNNI codebook4, with VBMI fpx-2-M and fpx-3-M up to 6 bits (of 4
-    with VNNI). With AMX, in bf16, up to 16 rows alone, of fpx 2; in that operator 128 of int8, 31
-    of uint-n and 16 of the others.
+    with VNNI), but of bf16 on AVX-512 BF16 only 2 rows of these. With AMX, in bf16, up to 16 rows
+    of all, in that operator 128 of int8 and 31 of uint-n.
     """
     global _exact
     if flag is not None:

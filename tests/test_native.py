@@ -60,7 +60,7 @@ def test_float_linear_of_a_token_of_each_sequence(library, dtype):
         close(y[:, 0], x.double() @ w.double().T + bias.double(), dtype)
 
 
-@pytest.mark.parametrize("m", [1, 2, 7, 16, 17])
+@pytest.mark.parametrize("m", [1, 2, 7, 9, 12, 16, 17])
 def test_float_linear_with_bf16_instructions(bf16_level, m):
     for n, k in SHAPES:
         x, bias, generator = make(m, n, k, torch.bfloat16)
@@ -68,12 +68,12 @@ def test_float_linear_with_bf16_instructions(bf16_level, m):
         close(ops.float_linear(x, w, bias), x.double() @ w.double().T + bias.double(), x.dtype)
 
 
-@pytest.mark.parametrize("m", [1, 3, 11, 16])
+@pytest.mark.parametrize("m", [1, 3, 11, 16, 270])
 @pytest.mark.parametrize("name", ["float8", "float8dq-row", "fp6", "fpx-2-1", "fpx-2-5", "fpx-5-2"])
 def test_small_floats_with_bf16_instructions(bf16_level, name, m):
     """Subnormal codes among them, whose loss would show in those of two exponent bits."""
     cls = FORMATS[name]
-    for n, k in ((35, 203), (16, 64)):
+    for n, k in ((35, 203), (16, 64), (3, 1100)):
         x, bias, generator = make(m, n, k, torch.bfloat16)
         w = torch.randn(n, k, generator=generator) * torch.rand(n, k, generator=generator) ** 8
         grid = cls(k, n, dtype=x.dtype).grid()
@@ -126,8 +126,9 @@ def test_more_rows_than_pass_at_a_time(level):
     w = torch.randn(n, k, generator=generator).bfloat16()
     close(ops.float_linear(x, w, bias), x.double() @ w.double().T + bias.double(), x.dtype)
     q = torch.randint(-128, 128, (n, k), generator=generator, dtype=torch.int8)
-    y = ops.int8_linear(x, ops.int8_repack(q), torch.ones(n), None, n, k)
-    close(y, x.double() @ q.double().T, x.dtype)
+    for exact in (False, True):
+        y = ops.int8_linear(x, ops.int8_repack(q), torch.ones(n), None, n, k, exact)
+        close(y, x.double() @ q.double().T, x.dtype)
 
 
 def rounded(x, block, fused):

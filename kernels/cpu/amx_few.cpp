@@ -138,7 +138,7 @@ static void product(const Coded& c, int64_t t0, int64_t t1) {
 }
 
 void half_tiles(const Coded& c, int64_t t0, int64_t t1) {
-  if (c.a.m == 1) return avx512bf16::half_tiles(c, t0, t1);
+  if (c.a.m == 1 || c.a.m > kFewRows) return avx512bf16::half_tiles(c, t0, t1);
   each_small_float(c, [&](auto bits, auto e) { product<bits.value, e.value>(c, t0, t1); });
 }
 
@@ -200,21 +200,7 @@ INLINE void row_tiles(const Linear& a, int64_t n, int64_t rows, int64_t apart, i
   store_sums(sums[0][0], sums[0][1], sums[1][0], sums[1][1]);
   for (int s = 0; s < S; s++) {
     for (int r = 0; G == 1 && r < 16; r++) sums[s][0][r] += sums[s][1][r];
-    for (int g = 0; g < G; g++) {
-      transpose(sums[s][g]);
-      for (int64_t m = 0; m < min(16, a.m - m0 - g * 16); m++) {
-        const int64_t row = m0 + g * 16 + m, column = n + s * apart;
-        const vf& line = sums[s][g][m];
-        if (rows == 16) {
-          finish(a, row, column, &line);
-          continue;
-        }
-        for (int64_t i = 0; i < rows; i++) {
-          const float bias = a.bias ? load_one(a.bias, a.type, column + i) : 0;
-          store_one(a.y, a.type, row * a.n + column + i, line[i] + bias);
-        }
-      }
-    }
+    for (int g = 0; g < G; g++) finish_transposed(a, sums[s][g], m0 + g * 16, n + s * apart, rows);
   }
 }
 

@@ -76,9 +76,8 @@ Meets how_meets(const Coded& c, int64_t rows, int64_t activations, bool exact) {
   // rounded x is of bf16 numbers: e4m3, or integers up to 255
   const bool bf16 = c.exponent_bits && !c.zeros && c.a.groups == 1 && k.half_tiles &&
                     (activations || c.a.type == Type::bf16);
-  const bool on_amx = bf16 && k.bf16_panels && rows > 2;  // 16 rows take little longer than one
-  const bool looked_up = c.unit && c.bits <= k.lookup_bits;
-  if (pairs && (c.positions ? k.sparse_pairs != nullptr : looked_up) && !on_amx) return Meets::pairs;
+  const bool looked_up = c.unit && c.bits <= k.lookup_bits && !(bf16 && rows > 2);
+  if (pairs && (c.positions ? k.sparse_pairs != nullptr : looked_up)) return Meets::pairs;
   return bf16 ? Meets::bf16 : Meets::fp32;
 }
 
@@ -122,14 +121,24 @@ void read_coded(Coded& c, const void* x, int64_t activations, Meets how, char* s
   };
   float* wide = reinterpret_cast<float*>(take(a.m * a.kpad * 4));
   float* sums = c.zeros ? reinterpret_cast<float*>(take(a.m * a.groups * 4)) : nullptr;
+  float* scales = reinterpret_cast<float*>(take(a.m * 4));
+  const bool apart = activations != 3;  // whether rows are rounded without knowing the others
+  auto over_rows = [&](auto&& work) {
+    at::parallel_for(0, a.m, div_up(16384, std::max<int64_t>(a.k, 1)), work);
+  };
+  auto row_of_x = [&](int64_t i) {
+    return static_cast<const char*>(x) + i * a.k * (a.type == Type::fp32 ? 4 : 2);
+  };
   a.x = wide;
   if (activations || how == Meets::fp32)
-    kernels().widen_rows(x, a.type, a.m, a.k, a.kpad, false, wide);
-  if (activations) {
-    float* scales = reinterpret_cast<float*>(take(a.m * 4));
-    kernels().round_rows(wide, a.m, a.k, a.kpad, int(activations), scales);
-    a.xs = scales;
-  }
+    over_rows([&](int64_t i, int64_t j) {
+      float* rows = wide + i * a.kpad;
+      kernels().widen_rows(row_of_x(i), a.type, j - i, a.k, a.kpad, false, rows);
+      if (activations && apart)
+        kernels().round_rows(rows, j - i, a.k, a.kpad, int(activations), scales + i);
+    });
+  if (!apart) kernels().round_rows(wide, a.m, a.k, a.kpad, int(activations), scales);
+  if (activations) a.xs = scales;
   if (how == Meets::fp32) {
     if (sums) sum_groups(a, sums);
     return;
@@ -137,9 +146,12 @@ void read_coded(Coded& c, const void* x, int64_t activations, Meets how, char* s
   char* narrow = take(a.m * a.kpad * 2);
   if (how == Meets::bf16) {
     auto* to = reinterpret_cast<uint16_t*>(narrow);
-    const auto* bits = reinterpret_cast<const uint32_t*>(wide);
-    if (activations) swap_middles(bits, a.m, a.kpad, a.kpad, to);
-    else swap_middles(static_cast<const uint16_t*>(x), a.m, a.k, a.kpad, to);
+    over_rows([&](int64_t i, int64_t j) {
+      const auto* bits = reinterpret_cast<const uint32_t*>(wide + i * a.kpad);
+      const auto* halves = reinterpret_cast<const uint16_t*>(row_of_x(i));
+      if (activations) swap_middles(bits, j - i, a.kpad, a.kpad, to + i * a.kpad);
+      else swap_middles(halves, j - i, a.k, a.kpad, to + i * a.kpad);
+    });
     a.x = reinterpret_cast<const float*>(to);
     return;
   }
@@ -152,7 +164,7 @@ void read_coded(Coded& c, const void* x, int64_t activations, Meets how, char* s
     from.type = Type::fp32;
     from.k = a.kpad;
   }
-  at::parallel_for(0, a.m, div_up(16384, std::max<int64_t>(a.k, 1)), [&](int64_t i, int64_t j) {
+  over_rows([&](int64_t i, int64_t j) {
     kernels().quantize_rows(activations ? wide : x, from, q, i, j);
     for (int8_t* plane : {q.xq, q.xq + a.m * a.kpad})
       for (int64_t at = i * a.kpad; c.positions && at < j * a.kpad; at++) plane[at] ^= int8_t(-128);
@@ -177,34 +189,27 @@ Tensor coded_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, 
   Linear& a = c.a;
   const char* from = static_cast<const char*>(call.x.const_data_ptr());
   const Meets how = how_meets(c, a.m, activations, exact);
-  // Of many rows those that AVX-512 multiplies as bytes: without AMX nothing is faster.
+  // Many rows are fastest as bytes of 16 bits with AVX-512 and as bf16, but for AMX, which has panels.
   const bool as_bytes = how == Meets::pairs && (integers || positions) && kernels().lanes == 16;
-  if (a.m <= kFewRows || (as_bytes && !call.has_bf16_panels())) {  // each thread streams its tiles
+  const bool as_they_are = (as_bytes || how == Meets::bf16) && !call.has_bf16_panels();
+  if (a.m <= kFewRows || as_they_are) {  // each thread streams its tiles
     Scratch scratch(coded_bytes(a));
     read_coded(c, from, activations, how, scratch.take<char>(coded_bytes(a)));
     call.over_tiles((positions ? 3 : bits) * a.kpad * 2,
                     [&](int64_t i, int64_t j) { coded_product(c, how, i, j); });
-    return call.y;
-  }
-  if (!activations) {
+  } else if (!activations) {
     call.through_panels(Format::coded, c);
-    return call.y;
+  } else {
+    Tensor memory = at::empty({coded_bytes(a)}, x.options().dtype(at::kByte));
+    read_coded(c, from, activations, Meets::fp32, static_cast<char*>(memory.mutable_data_ptr()));
+    if (call.has_bf16_panels()) {  // e4m3 and integers up to 255 are bf16 numbers
+      auto* rounded = const_cast<float*>(a.x);
+      call.through_bf16_panels(
+          Format::coded, c, at::from_blob(rounded, {a.m, a.kpad}, at::kFloat).to(at::kBFloat16));
+    } else {
+      call.through_panels(Format::coded, c, a.x);
+    }
   }
-  Tensor rounded = at::empty({a.m, a.kpad}, x.options().dtype(at::kFloat));
-  Tensor row_scales = at::empty({a.m}, rounded.options());
-  float *wide = rounded.mutable_data_ptr<float>(), *xs = row_scales.mutable_data_ptr<float>();
-  const bool apart = activations != 3;  // whether rows are rounded without knowing the others
-  at::parallel_for(0, a.m, 16, [&](int64_t i, int64_t j) {
-    float* rows = wide + i * a.kpad;
-    kernels().widen_rows(from + i * k * x.element_size(), a.type, j - i, k, a.kpad, false, rows);
-    if (apart) kernels().round_rows(rows, j - i, k, a.kpad, int(activations), xs + i);
-  });
-  if (!apart) kernels().round_rows(wide, a.m, k, a.kpad, int(activations), xs);
-  a.xs = xs;
-  if (call.has_bf16_panels())  // e4m3 and integers up to 255 are bf16 numbers
-    call.through_bf16_panels(Format::coded, c, rounded.to(at::kBFloat16));
-  else
-    call.through_panels(Format::coded, c, wide);
   return call.y;
 }
 

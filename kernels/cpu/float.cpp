@@ -4,8 +4,9 @@
 // on where its row ends, and short ones leave the memory idle. Each weight is widened to fp32 and
 // multiplied by every row of x. bf16 widens at one operation per vector: the even and the odd numbers of a 32-bit
 // lane, so x lies "paired": kLanes even columns, then kLanes odd ones. With AVX-512 BF16 nothing is
-// widened: one instruction multiplies the two numbers of each lane, and x stays bf16.
-#include "level.h"
+// widened: one instruction multiplies the two numbers of each lane, and x stays bf16. From kTransposed rows
+// on x is transposed there, 16 rows in the lanes of a vector, and meets one pair of a row of W at a time.
+#include "multiply.h"
 
 namespace CPU_LEVEL {
 
@@ -16,6 +17,10 @@ constexpr bool kDot2 = true;
 #else
 constexpr bool kDot2 = false;
 #endif
+
+constexpr int64_t kTransposed = 9;  // of x: more than half of a vector's lanes
+
+INLINE bool transposed(int64_t m) { return kDot2 && m >= kTransposed; }
 
 template <Type type>
 INLINE void widen(const char* p, vf& a, vf& b) {
@@ -102,7 +107,71 @@ static void rows(const Linear& a, int64_t n0, int64_t n1) {
   if constexpr (R > 1) rows<type, 1>(a, n0 + apart * R, n1);
 }
 
+#if defined(__AVX512BF16__)
+// out[16 g + r] = row n + r of W, bf16, times group g of G of 16 rows of x, transposed, from m on. One group
+// has two sums, of even and odd pairs of columns.
+template <int R, int G>
+INLINE void dots_of_rows(const Linear& a, int64_t n, int64_t m, vf* out) {
+  constexpr int kSums = 2 / G;
+  const int64_t row = a.k * 2, group = a.kpad / 2 * 16;
+  const char* w = (const char*)a.w + n * row;
+  const uint32_t* x = (const uint32_t*)a.x + m / 16 * group;
+  vf sums[kSums][R][G] = {};
+  auto step = [&](int64_t k, vf (&into)[R][G]) __attribute__((always_inline)) {
+    vu columns[G];
+    UNROLL
+    for (int g = 0; g < G; g++) columns[g] = load<vu>(x + g * group + k * 16);
+    UNROLL
+    for (int r = 0; r < R; r++) {
+      int32_t pair;
+      memcpy(&pair, w + r * row + k * 4, 4);
+      UNROLL
+      for (int g = 0; g < G; g++) into[r][g] = dot2(into[r][g], (vu)splat(pair), columns[g]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + kSums <= a.k / 2; k += kSums) {
+    if (m == 0 && k % 16 == 0)
+      for (int r = 0; r < R; r++) prefetch(w + (16 + r) * row + k * 4);
+    UNROLL
+    for (int i = 0; i < kSums; i++) step(k + i, sums[i]);
+  }
+  if (k < a.k / 2) step(k, sums[0]);
+  UNROLL
+  for (int r = 0; r < R; r++)
+    UNROLL
+    for (int g = 0; g < G; g++) {
+      vf sum = kSums > 1 ? sums[0][r][g] + sums[kSums - 1][r][g] : sums[0][r][g];
+      if (a.k % 2)  // the last column alone
+        sum += bf16_even(load<vu>(x + g * group + a.k / 2 * 16)) *
+               load_one(w + r * row, Type::bf16, a.k - 1);
+      out[g * 16 + r] = sum;
+    }
+}
+
+// Rows n .. n + count of W, at most 16, times all rows of x.
+static void sixteen_rows(const Linear& a, int64_t n, int64_t count) {
+  vf sums[2][16] = {};
+  for (int64_t m = 0; m < a.m; m += 32) {
+    const bool two = m + 16 < a.m;
+    int64_t at = 0;
+    for (; at + 8 <= count; at += 8)
+      (two ? dots_of_rows<8, 2> : dots_of_rows<8, 1>)(a, n + at, m, sums[0] + at);
+    for (; at < count; at++)
+      (two ? dots_of_rows<1, 2> : dots_of_rows<1, 1>)(a, n + at, m, sums[0] + at);
+    finish_transposed(a, sums[0], m, n, count);
+    if (two) finish_transposed(a, sums[1], m + 16, n, count);
+  }
+}
+#endif
+
 void float_rows(const Linear& a, int64_t n0, int64_t n1) {
+#if defined(__AVX512BF16__)
+  if (a.type == Type::bf16 && transposed(a.m)) {
+    for (int64_t n = n0; n < n1; n += 16) sixteen_rows(a, n, min(16, n1 - n));
+    return;
+  }
+#endif
   if (a.type == Type::bf16) rows<Type::bf16, 4>(a, n0, n1);
   else if (a.type == Type::fp16) rows<Type::fp16, 4>(a, n0, n1);
   else rows<Type::fp32, 4>(a, n0, n1);
@@ -110,6 +179,19 @@ void float_rows(const Linear& a, int64_t n0, int64_t n1) {
 
 void widen_rows(const void* x, Type type, int64_t m, int64_t k, int64_t kpad, bool paired,
                 float* out) {
+#if defined(__AVX512BF16__)
+  if (paired && transposed(m)) {  // of 16 rows [kpad / 2, 16] pairs, then of the next
+    for (int64_t r0 = 0; r0 < m; r0 += 16)
+      for (int64_t i = 0; i < kpad; i += kStep, out += 16 * kLanes) {
+        vf rows[16] = {};
+        for (int64_t r = 0; r < min(16, m - r0); r++)
+          memcpy(&rows[r], (const uint16_t*)x + (r0 + r) * k + i, min(kStep, k - i) * 2);
+        transpose(rows);
+        memcpy(out, rows, sizeof rows);
+      }
+    return;
+  }
+#endif
   if (paired && kDot2) {  // bf16 as it is
     for (int64_t r = 0; r < m; r++) {
       uint16_t* row = (uint16_t*)out + r * kpad;
