@@ -110,34 +110,32 @@ def dequantize_launch(name: str) -> Launch:
     return linear.dequantize_launch(product, *weight_tensors(kind, bits, rest), empty(N, K))
 
 
-def attention_launches(tokens: int, dtype: torch.dtype) -> list[Launch]:
-    """Llama-3-8B: 32 heads on 8, of 128."""
+def attention_launches(tokens: int, dtype: torch.dtype, fresh: bool = False) -> list[Launch]:
+    """Llama-3-8B: 32 heads on 8, of 128. `fresh`: as in a step, rotary embedding and all."""
     from kernels.cuda import attention
 
     q, cache = empty(1, 32, tokens, 128), empty(1, 8, 4096, 128, dtype=dtype)
-    start, scale = empty(1, dtype=torch.int64), None
+    start, scale, new = empty(1, dtype=torch.int64), None, None
     if dtype == torch.int8:
         scale = empty(1, 8, 4096, 1)
-    return attention.attention_launches(
-        q, cache, cache, start, scale, scale, q, Card(PROCESSORS, 0)
-    )
+    if fresh:
+        q, *new = empty(1, 48, tokens, 128).split([32, 8, 8], dim=1)
+        new += [empty(4096, 64, dtype=torch.float32)] * 2
+    out, on = empty(1, 32, tokens, 128), Card(PROCESSORS, 0)
+    return attention.attention_launches(q, cache, cache, start, scale, scale, out, on, new)
 
 
 def step_launches(capability: int) -> Iterator[tuple[str, int, Launch]]:
     """What cuda/step.py launches besides: Llama-3-8B, one token."""
-    from kernels.cuda.step import embed_launch, place_launch, ready_launch
+    from kernels.cuda.step import embed_launch, ready_launch
 
     norm, squares = empty(K), empty(1, 64, dtype=torch.float32)
     x, position = empty(1, N), empty(1, dtype=torch.int64)
     yield "embedding", 1, embed_launch(position, empty(128256, N), x, squares, norm, empty(1, N))
-    angles = (empty(4096, 64, dtype=torch.float32),) * 2
-    for dtype in (torch.bfloat16, torch.int8):
-        cache, scale = empty(1, 8, 4096, 128, dtype=dtype), None
-        if dtype == torch.int8:
-            scale = empty(1, 8, 4096, 1)
-        what = f"rotary and {'int8' if scale is not None else 'bf16'} cache"
-        q, qkv = empty(1, 1, 32, 128), empty(1, 48 * 128)
-        yield what, 1, place_launch(qkv, *angles, position, q, cache, cache, scale, scale)
+    for dtype, cache in ((torch.bfloat16, "bf16"), (torch.int8, "int8")):
+        for tokens in (1, 16):
+            launch = attention_launches(tokens, dtype, fresh=True)[0]
+            yield f"attention of a step, {cache} cache", tokens, launch
     for way, dtype in (("symmetric", torch.int8), ("asymmetric", torch.bfloat16),
                        ("float8", torch.bfloat16)):  # fmt: skip
         out, scale = empty(1, K, dtype=dtype), empty(1, dtype=torch.float32)

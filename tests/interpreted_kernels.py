@@ -16,7 +16,7 @@ from kernels import choice
 from kernels.attention import attention, attention_reference
 from kernels.formats import FORMATS
 from kernels.linear import Linear, QuantizedLinear
-from model import ModelConfig, Transformer
+from model import KV_CACHES, ModelConfig, Transformer, rotate
 from tests.test_formats import quantized, random_weight
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -344,3 +344,51 @@ def test_attention_int8_cache(case):
     y = attention(q, k, v, torch.tensor(start), k_scale, v_scale)
     want = attention_reference(q.float(), k, v, torch.tensor(start), k_scale, v_scale)
     assert (y - want).norm() < TOLERANCE[BF16] * want.norm()
+
+
+NEW_TOKENS = [  # as above; new slots that begin and end blocks of 32 and 64, and lie in two of them
+    (2, 4, 2, 1, 200, 16, [64, 63]), (2, 4, 2, 5, 200, 24, [61, 128]),
+    (3, 2, 2, 4, 130, 64, [0, 28, 126]), (1, 24, 1, 12, 160, 16, [90]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KV_CACHES)
+@pytest.mark.parametrize("case", NEW_TOKENS, ids=str)
+def test_attention_of_new_tokens(case, kind, dtype=FP32):
+    """Rotated, in the cache and attended to by one kernel, against the modules' three."""
+    from kernels.cuda.attention import attention_launches
+    from kernels.cuda.launch import card
+
+    b, h, hkv, t, s, d, start = case
+    cache, other = (KV_CACHES[kind](b, hkv, s, d, dtype) for _ in range(2))
+    old = [torch.randn(b, s, hkv, d).to(dtype) for _ in range(2)]
+    for filled in (cache, other):
+        filled.update(*old, torch.arange(s).expand(b, s))
+    start, angles = torch.tensor(start), torch.rand(s, d // 2) * 6
+    position, table = start[:, None] + torch.arange(t), (angles.cos(), angles.sin())
+    qkv = torch.randn(b, t, h + 2 * hkv, d).to(dtype)
+
+    turned = rotate(qkv[:, :, : h + hkv], *(x[position][:, :, None] for x in table))
+    other.update(turned[:, :, h:], qkv[:, :, h + hkv :], position)
+    names = ("k", "v", "k_scale", "v_scale")
+    want_k, want_v, *want_scales = (getattr(other, name, None) for name in names)
+    q = turned[:, :, :h].transpose(1, 2)
+    want = attention_reference(q.float(), want_k, want_v, start, *want_scales)
+
+    k, v, *scales = (getattr(cache, name, None) for name in names)
+    q, *new = qkv.transpose(1, 2).split([h, hkv, hkv], dim=1)
+    out, on = torch.empty(b, t, h, d, dtype=dtype).transpose(1, 2), card(k.device)
+    for launch in attention_launches(q, k, v, start, *scales, out, on, (*new, *table)):
+        launch.run()
+
+    assert (out - want).norm() < 2 * TOLERANCE[dtype] * want.norm()
+    written = torch.zeros(b, s, dtype=torch.bool)
+    written[torch.arange(b)[:, None], position] = True
+    for mine, theirs in zip(cache.buffers(), other.buffers(), strict=True):
+        mine, theirs = mine.transpose(1, 2), theirs.transpose(1, 2)  # [B, S, H_kv, .]
+        assert torch.equal(mine[~written], theirs[~written])
+        difference = (mine[written].float() - theirs[written].float()).abs()
+        if mine.dtype == torch.int8:  # x / s may fall to the other side of a half
+            assert difference.max() <= 1 and difference.mean() < 0.02
+        else:
+            assert (difference <= TOLERANCE[dtype] * (1e-3 + theirs[written].float().abs())).all()

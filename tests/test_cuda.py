@@ -23,7 +23,7 @@ COMPILED = [  # what inspect_kernels.py's `cases` calls them, rows of x
                              "codebook4 g64", "int4-sparse24 g128", "w4a8 g128")),
     *((name, 16) for name in ("int8", "int4 g64", "w4a8 g128")),
     ("bf16", 128), ("int4-sparse24 g128", 128),
-    ("int4 g64", 1024), ("embedding", 1), ("rotary and int8 cache", 1),
+    ("int4 g64", 1024), ("embedding", 1), ("attention of a step, int8 cache", 1),
     ("inputs made ready, symmetric", 1), ("inputs made ready, float8", 1),
     ("bf16, normed and gated", 1), ("int4 g64, normed and gated", 1), ("int4 g64, residual", 16),
     ("attention, bf16 cache", 1), ("attention, int8 cache", 512), ("attention's splits joined", 1),
@@ -94,8 +94,8 @@ def test_machine_code_of_other_types(rows, dtype):
 
 
 @pytest.mark.parametrize(
-    "name", ["int4 g64", "uint3 g64", "embedding", "rotary and bf16 cache", "attention, bf16 cache",
-             "attention's splits joined"],
+    "name", ["int4 g64", "uint3 g64", "embedding", "attention of a step, bf16 cache",
+             "attention, bf16 cache", "attention's splits joined"],
 )  # fmt: skip
 def test_dependent_launch(name, setting):
     """Before the kernel in front has ended, only weights are asked for; others see no waiting."""

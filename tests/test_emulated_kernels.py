@@ -64,6 +64,11 @@ def test_whole_step(name, gpu):
     cases.test_whole_step(name, "int8" if gpu == 80 else "bf16")
 
 
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_attention_of_new_tokens(kind, gpu):
+    cases.test_attention_of_new_tokens(cases.NEW_TOKENS[1], kind, BF16)
+
+
 def test_whole_step_bf16(gpu, monkeypatch):
     """On sm_90 with overlapping kernels: what they prefetch is there; here they end in turns."""
     from kernels.cuda import launch

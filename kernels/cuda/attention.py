@@ -10,6 +10,10 @@ Source: flash-decoding (Dao et al. 2023), online softmax (arXiv 1805.02867).
 
 An int8 cache has a scale per slot and head: the keys' scale meets the scores, the values' the
 weights, so that both products run on the codes themselves.
+
+With `fresh` q and the new tokens' keys and values come as the projection left them. The rotary
+embedding is then applied on the way, and programs write the new slots that lie in their own blocks
+before they read them.
 """
 
 import math
@@ -22,7 +26,7 @@ from torch import Tensor
 from kernels.choice import interpreting
 from kernels.cuda.launch import Card, Launch, card
 from kernels.cuda.products import dot, operand
-from kernels.cuda.tiles import wait_for_others
+from kernels.cuda.tiles import round_even, wait_for_others
 
 MAX_SPLITS = 64
 PROGRAMS = 2  # wanted on each multiprocessor
@@ -39,13 +43,43 @@ def block_share(start, tile, T, GROUP: tl.constexpr, R: tl.constexpr, BLOCK_S: t
 
 
 @triton.jit
+def rotated(x, rows, angles, cos, sin, d, D, mask):
+    """x at rows [R] in its dtype, each by its row of cos, sin [., D / 2]: [R, BLOCK_D]."""
+    half = D // 2
+    i = tl.where(d < half, d, d - half)
+    other = tl.where(d < half, d + half, i)  # what it turns with, minus it in the first half
+    at = (angles * half)[:, None] + i[None, :]
+    a = tl.load(x + rows[:, None] + d[None, :], mask=mask, other=0).to(tl.float32)
+    b = tl.load(x + rows[:, None] + other[None, :], mask=mask, other=0).to(tl.float32)
+    s = tl.load(sin + at, mask=mask, other=0)
+    y = a * tl.load(cos + at, mask=mask, other=0) + tl.where(d < half, -1.0, 1.0)[None, :] * b * s
+    return y.to(x.dtype.element_ty)
+
+
+@triton.jit
+def keep(x, cache, scales, lines, d, D, ok, mask):
+    """Rows x [R, BLOCK_D] into lines [R] of a cache; one with scales is int8."""
+    if scales is not None:
+        x = x.to(tl.float32)
+        scale = tl.maximum(tl.div_rn(tl.max(tl.abs(x), axis=1), 127.0), 1e-5)
+        scale = scale.to(scales.dtype.element_ty)
+        tl.store(scales + lines, scale, mask=ok)
+        x = round_even(tl.div_rn(x, tl.broadcast_to(scale.to(tl.float32)[:, None], x.shape)))
+        x = tl.minimum(tl.maximum(x, -127), 127).to(tl.int8)
+    tl.store(cache + lines[:, None] * D + d[None, :], x, mask=mask)
+
+
+@triton.jit
 def attend(
-    q, k, v, start, k_scale, v_scale, out, maxima, totals,
+    q, k, v, start, k_scale, v_scale, new_k, new_v, cos, sin, out, maxima, totals,
     q_b, q_h, q_t, out_b, out_h, out_t, T, S, D, kv_heads, softmax_scale,
     GROUP: tl.constexpr, R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr, PDL: tl.constexpr, INTERPRET: tl.constexpr,
+    SPLITS: tl.constexpr, NEW: tl.constexpr, PDL: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid (B H_kv, tiles of R rows, SPLITS). `softmax_scale` is log2(e) / sqrt(D).
+
+    With new_k, new_v [B, H_kv, T, D], T <= NEW, of q's strides, these go into the cache first, and
+    they and q are rotated by cos, sin [S, D / 2] fp32. Two tiles write the same to the same slots.
 
     One split writes out [B, H, T, D]; more write sums out [B H_kv, rows, SPLITS, D] fp32, maxima
     and totals [B H_kv, rows, SPLITS] fp32, rows a multiple of R.
@@ -62,7 +96,23 @@ def attend(
     head = kv_head * GROUP + r % GROUP
     r_ok, d_ok = t < T, d < D
     at = batch * q_b + head * q_h + t.to(tl.int64) * q_t
-    qs = tl.load(q + at[:, None] + d[None, :], mask=r_ok[:, None] & d_ok[None, :], other=0)
+    of_rows = r_ok[:, None] & d_ok[None, :]
+    if new_k is None:
+        qs = tl.load(q + at[:, None] + d[None, :], mask=of_rows, other=0)
+    else:
+        qs = rotated(q, at, first + t, cos, sin, d, D, of_rows)
+        begin, stop = split * share * BLOCK_S, tl.minimum((split + 1) * share, blocks) * BLOCK_S
+        if stop > first:
+            token = tl.arange(0, NEW)
+            new = first + token
+            new_ok = (new >= begin) & (new < tl.minimum(stop, end))
+            of_new = new_ok[:, None] & d_ok[None, :]
+            rows, lines = batch * q_b + kv_head * q_h + token.to(tl.int64) * q_t, pair * S + new
+            keys = rotated(new_k, rows, new, cos, sin, d, D, of_new)
+            keep(keys, k, k_scale, lines, d, D, new_ok, of_new)
+            values = tl.load(new_v + rows[:, None] + d[None, :], mask=of_new, other=0)
+            keep(values, v, v_scale, lines, d, D, new_ok, of_new)
+            tl.debug_barrier()  # what other threads have written is there
     best = tl.full([R], float("-inf"), tl.float32)
     total = tl.zeros([R], tl.float32)
     acc = tl.zeros([R, BLOCK_D], tl.float32)
@@ -90,8 +140,7 @@ def attend(
     if SPLITS == 1:
         acc /= total[:, None]
         at = batch * out_b + head * out_h + t.to(tl.int64) * out_t
-        mask = r_ok[:, None] & d_ok[None, :]
-        tl.store(out + at[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + at[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=of_rows)
     else:
         row = (pair * (tl.num_programs(1) * R) + r) * SPLITS + split
         tl.store(maxima + row, best)
@@ -129,8 +178,13 @@ def combine(
 def attention_launches(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, k_scale: Tensor | None,
     v_scale: Tensor | None, out: Tensor, on: Card,
+    fresh: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """The kernels that fill out [B, H, T, D]; tensors may be on the meta device."""
+    """The kernels that fill out [B, H, T, D]; tensors may be on the meta device.
+
+    fresh: new keys and values [B, H_kv, T, D], with q's strides, that are not in the cache yet, and
+    cos, sin [S, D / 2] fp32, by which they and q are still to be rotated.
+    """
     (batch, heads, t, d), kv_heads, slots = q.shape, k.shape[1], k.shape[2]
     group = heads // kv_heads
     block_d, rows = max(16, triton.next_power_of_2(d)), t * group
@@ -145,9 +199,13 @@ def attention_launches(
     if splits > 1:
         sums = torch.empty((pairs, tiles * r, splits, d), device=q.device)
         maxima, totals = (torch.empty(sums.shape[:-1], device=q.device) for _ in range(2))
+    new_k, new_v, cos, sin = fresh or (None,) * 4
+    if fresh and not q.stride() == new_k.stride() == new_v.stride():
+        raise ValueError("q and the new keys and values must have the same strides")
     strides = {"out_b": out.stride(0), "out_h": out.stride(1), "out_t": out.stride(2)}
     arguments = {
         "q": q, "k": k, "v": v, "start": start, "k_scale": k_scale, "v_scale": v_scale,
+        "new_k": new_k, "new_v": new_v, "cos": cos, "sin": sin,
         "out": sums, "maxima": maxima, "totals": totals,
         "q_b": q.stride(0), "q_h": q.stride(1), "q_t": q.stride(2), **strides,
         "T": t, "S": slots, "D": d, "kv_heads": kv_heads,
@@ -155,9 +213,10 @@ def attention_launches(
     }  # fmt: skip
     constants = {"GROUP": group, "R": r, "BLOCK_S": block_s, "BLOCK_D": block_d, "SPLITS": splits}
     options = {"num_warps": 8 if r == 64 else 4, "num_stages": 2}
+    new = triton.next_power_of_2(t) if fresh else 1
     launch = Launch(
-        attend, (pairs, tiles, splits), arguments, {**constants, "INTERPRET": interpreting()},
-        options,
+        attend, (pairs, tiles, splits), arguments,
+        {**constants, "NEW": new, "INTERPRET": interpreting()}, options,
     )  # fmt: skip
     if splits == 1:
         return [launch]

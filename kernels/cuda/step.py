@@ -1,11 +1,11 @@
-"""A Transformer on a few new tokens as one operator: seven kernels a layer, no tensor in between
+"""A Transformer on a few new tokens as one operator: six kernels a layer, no tensor in between
 that another kernel could have made on its way.
 
     embed      rows of the table; their RMSNorm begun
     matmul     wqkv, its input's RMSNorm ended                                  } every
-    place      rotary embedding; queries to their place, keys and values into   } layer
-               the cache, rounded to int8 where it is int8                      }
-    attend, combine                                                             }
+    attend     rotary embedding; keys and values into the cache, rounded to     } layer
+               int8 where it is int8; attention                                 }
+    combine    its splits joined                                                }
     matmul     wo, plus the residual; the result's RMSNorm begun                }
     matmul     w13, its input's RMSNorm ended; silu(gate) * up comes out        }
     matmul     w2, plus the residual; the result's RMSNorm begun                }
@@ -56,52 +56,6 @@ def embed(
     if weighted is not None:
         by = tl.load(factor + c, mask=c < C, other=0).to(tl.float32)
         tl.store(weighted + place, (x * by).to(out.dtype.element_ty), mask=c < C)
-
-
-@triton.jit
-def place(
-    qkv, cos, sin, start, q, k, v, k_scale, v_scale, T, S, HEADS, KV_HEADS,
-    D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """qkv [M, H + 2 H_kv, D] -> q [M, H, D], and slots of k, v [B, H_kv, S, D]. Grid (M, heads).
-
-    cos, sin [S, D / 2] fp32. With k_scale, v_scale [B, H_kv, S] the caches are int8.
-    """
-    wait_for_others(PDL)
-    m, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    batch = m // T
-    slot = tl.load(start + batch) + m % T
-    i = tl.arange(0, BLOCK)
-    ok = i < D // 2
-    source = qkv + (m * tl.num_programs(1) + head) * D + i
-    a = tl.load(source, mask=ok, other=0).to(tl.float32)
-    b = tl.load(source + D // 2, mask=ok, other=0).to(tl.float32)
-    if head < HEADS + KV_HEADS:
-        c = tl.load(cos + slot * (D // 2) + i, mask=ok, other=0)
-        s = tl.load(sin + slot * (D // 2) + i, mask=ok, other=0)
-        a, b = a * c - b * s, b * c + a * s
-    a, b = a.to(qkv.dtype.element_ty), b.to(qkv.dtype.element_ty)
-    if head < HEADS:
-        out = q + (m * HEADS + head) * D + i
-        tl.store(out, a, mask=ok)
-        tl.store(out + D // 2, b, mask=ok)
-        return
-    is_key = head < HEADS + KV_HEADS
-    kv_head = (head - HEADS) % KV_HEADS
-    line = (batch * KV_HEADS + kv_head) * S + slot
-    cache = k if is_key else v
-    out = cache + line * D + i
-    if k_scale is not None:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-        largest = tl.max(tl.maximum(tl.abs(a), tl.abs(b)), axis=0)
-        scales = k_scale if is_key else v_scale
-        scale = tl.maximum(tl.div_rn(largest, 127.0), 1e-5).to(k_scale.dtype.element_ty)
-        tl.store(scales + line, scale)
-        scale = scale.to(tl.float32)
-        a = tl.minimum(tl.maximum(round_even(tl.div_rn(a, scale)), -127), 127).to(tl.int8)
-        b = tl.minimum(tl.maximum(round_even(tl.div_rn(b, scale)), -127), 127).to(tl.int8)
-    tl.store(out, a, mask=ok)
-    tl.store(out + D // 2, b, mask=ok)
 
 
 @triton.jit
@@ -170,20 +124,6 @@ def embed_launch(
                  "factor": factor, "weighted": weighted, "C": c}  # fmt: skip
     constants = {"BLOCK_C": triton.next_power_of_2(c)}
     return Launch(embed, (out.shape[0],), arguments, constants, {"num_warps": 8})
-
-
-def place_launch(
-    qkv: Tensor, cos: Tensor, sin: Tensor, start: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    k_scale: Tensor | None, v_scale: Tensor | None,
-) -> Launch:  # fmt: skip
-    """qkv [M, (H + 2 H_kv) D], q [B, T, H, D], caches k, v [B, H_kv, S, D]."""
-    (b, t, h, d), (kv, slots) = q.shape, k.shape[1:3]
-    arguments = {
-        "qkv": qkv, "cos": cos, "sin": sin, "start": start, "q": q, "k": k, "v": v,
-        "k_scale": k_scale, "v_scale": v_scale, "T": t, "S": slots, "HEADS": h, "KV_HEADS": kv,
-    }  # fmt: skip
-    constants = {"D": d, "BLOCK": triton.next_power_of_2(d // 2)}
-    return Launch(place, (b * t, h + 2 * kv), arguments, constants, {"num_warps": 1})
 
 
 def ready_launch(
@@ -327,13 +267,14 @@ class Step:
     def attention(self, qkv: Tensor, cache: nn.Module, start: Tensor, t: int) -> Tensor:
         """qkv [M, (H + 2 H_kv) D] -> [M, H D], the keys and values added to the cache."""
         rows, h, d = qkv.shape[0], self.config.n_heads, self.config.head_dim
-        q, out = (torch.empty((rows // t, t, h, d), dtype=qkv.dtype, device=qkv.device)
-                  for _ in range(2))  # fmt: skip
+        kv_heads = cache.k.shape[1]
+        heads = qkv.view(rows // t, t, h + 2 * kv_heads, d).transpose(1, 2)
+        q, new_k, new_v = heads.split([h, kv_heads, kv_heads], dim=1)
+        out = torch.empty((rows // t, t, h, d), dtype=qkv.dtype, device=qkv.device)
         scales = [getattr(cache, name, None) for name in ("k_scale", "v_scale")]
-        place_launch(qkv, self.cos, self.sin, start, q, cache.k, cache.v, *scales).run()
         launches = attention_launches(
-            q.transpose(1, 2), cache.k, cache.v, start, *scales, out.transpose(1, 2),
-            card(q.device),
+            q, cache.k, cache.v, start, *scales, out.transpose(1, 2), card(q.device),
+            (new_k, new_v, self.cos, self.sin),
         )  # fmt: skip
         for launch in launches:
             launch.run()
