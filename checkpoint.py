@@ -9,6 +9,7 @@ header, shapes and dtypes are checked before anything of its size is allocated.
 import contextlib
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, first_rank
 from huggingface import config_from_hf, hf_names
 from kernels import native
 from kernels.formats import FORMATS
@@ -285,14 +286,23 @@ def load_model(
 
 
 def repack(model: torch.nn.Module) -> None:
-    """Turn every linear layer's weight into the layout of its device's kernel, one by one."""
+    """Turn every linear layer's weight into the layout of its device's kernel, one by one.
+
+    Formats without one are named on stderr.
+    """
+    plain = set()
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.repack()
+            if not module.repacked and native.prepare(module.weight.device):
+                plain.add(module.name)
         elif isinstance(module, Linear):
             native.prepare(module.weight.device)
         if isinstance(module, (Linear, QuantizedLinear)):
             native.settle(module)
+    if plain and first_rank():
+        names = ", ".join(sorted(plain))
+        print(f"flatllama: no kernel for {names}: plain PyTorch, far slower", file=sys.stderr)
 
 
 class Writer:

@@ -53,6 +53,16 @@ def test_head_policy():
     assert str(head_mode(parse_mode("fp32"), None)) == "bf16"
 
 
+@pytest.mark.usefixtures("library")
+def test_a_format_without_a_kernel_is_named(monkeypatch, capsys):
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 16))
+    quantize_(copy.deepcopy(model), "uint3")
+    assert "no kernel" not in capsys.readouterr().err
+    monkeypatch.setattr(FORMATS["uint3"], "repack", lambda self: None)
+    quantize_(model, "uint3")
+    assert capsys.readouterr().err == "flatllama: no kernel for uint3: plain PyTorch, far slower\n"
+
+
 class Foreign(nn.Module):
     """A model that is not ours."""
 
