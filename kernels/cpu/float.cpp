@@ -4,7 +4,7 @@
 // on where its row ends, and short ones leave the memory idle. Each weight is widened to fp32 and
 // multiplied by every row of x. bf16 widens at one operation per vector: the even and the odd numbers of a 32-bit
 // lane, so x lies "paired": kLanes even columns, then kLanes odd ones. With AVX-512 BF16 nothing is
-// widened: one instruction multiplies the two numbers of each lane, and x stays bf16. From kTransposed rows
+// widened: one instruction multiplies the two numbers of each lane, and x stays bf16. From kTransposedRows rows
 // on x is transposed there, 16 rows in the lanes of a vector, and meets one pair of a row of W at a time.
 #include "multiply.h"
 
@@ -18,9 +18,9 @@ constexpr bool kDot2 = true;
 constexpr bool kDot2 = false;
 #endif
 
-constexpr int64_t kTransposed = 9;  // of x: more than half of a vector's lanes
+constexpr int64_t kTransposedRows = 9;  // of x: more than half of a vector's lanes
 
-INLINE bool transposed(int64_t m) { return kDot2 && m >= kTransposed; }
+INLINE bool transposed(int64_t m) { return kDot2 && m >= kTransposedRows; }
 
 template <Type type>
 INLINE void widen(const char* p, vf& a, vf& b) {

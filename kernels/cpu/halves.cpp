@@ -1,4 +1,4 @@
-// Few rows of bf16 x with small floats by the product of bf16 pairs: lane r of a vector holds two columns
+// Rows of bf16 x with small floats by the product of bf16 pairs: lane r of a vector holds two columns
 // of the tile's row r, and meets the same two of x. From kManyRows rows on panels of two tiles are widened
 // once, for all of them.
 #include "halves.h"

@@ -43,7 +43,7 @@ INLINE void multiply_all(int64_t m, int64_t width, const float* x, int64_t x_str
   for (int64_t c = 0; c < width; c += kPass)
     each_row<kPassRows, 1>(0, 0, m, [&](auto rows, auto, int64_t, int64_t r) {
       multiply<rows.value, kPairs>(x + r * x_stride, x_stride, panel + c, panel_stride, depth,
-                           out + r * out_stride + c, out_stride);
+                                   out + r * out_stride + c, out_stride);
     });
 }
 

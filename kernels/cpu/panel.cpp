@@ -1,5 +1,5 @@
-// y = x W^T for many rows of x, in fp32: the path of float weights without native products, and of
-// weight-only formats whose activations must stay as they are.
+// y = x W^T for many rows of x, in fp32: the path of float weights without native products, of weight-only
+// formats whose activations stay as they are, and of n-bit codes that nothing else multiplies faster.
 //
 // W is widened to fp32 panels of 32 outputs and kDepth columns, transposed so that one vector
 // holds one column of 16 outputs (tiles lie like that already). Panels stay in the L2 cache
