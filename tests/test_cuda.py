@@ -12,7 +12,7 @@ import torch
 from backends import choose_kernels
 from errors import UserError
 from kernels import choice
-from kernels.cuda.layout import lane_planes, sparse_columns, sparse_planes
+from kernels.cuda.layout import PIECES, lane_planes, sparse_columns, sparse_planes
 from kernels.fpx import float_values
 from kernels.packing import pack
 
@@ -131,17 +131,41 @@ def test_choice(setting):
 
 
 def test_lanes():
-    """Column 32 s + j of a chunk is code s of lane j, its bits in planes of 4, 2 and 1."""
-    codes = torch.randint(0, 128, (3, 300))
-    planes = lane_planes(pack(codes, 7), 7, 300)
-    assert [p.dtype for p in planes] == [torch.int32, torch.int16, torch.int8]
-    for column in (0, 31, 32, 255, 256, 299):
-        chunk, rest = divmod(column, 256)
-        slot, lane = divmod(rest, 32)
-        four, two, one = (p[:, chunk * 32 + lane].long() for p in planes)
-        low, middle = (four >> 4 * slot) & 15, (two >> 2 * slot) & 3
-        assert torch.equal(low | middle << 4 | ((one >> slot) & 1) << 6, codes[:, column])
-    assert [p is None for p in lane_planes(pack(codes % 8, 3), 3, 300)] == [True, False, False]
+    """Column 32 s + j of a chunk is code s of lane j; whole codes in each word, then the rest."""
+    for bits, worked in (
+        (3, lambda a, b, c, d, e, f, g, h: (
+            None,
+            a | b << 3 | c << 6 | d << 9 | e << 12 | (h & 1) << 15,
+            f | g << 3 | (h >> 1) << 6,
+        )),
+        (7, lambda a, b, c, d, e, f, g, h: (
+            a | b << 7 | (h & 3) << 14 | c << 16 | d << 23 | (h >> 2 & 3) << 30,
+            e | f << 7 | (h >> 4 & 3) << 14,
+            g | (h >> 6) << 7,
+        )),
+    ):  # fmt: skip
+        codes = torch.randint(0, 2**bits, (3, 300))
+        planes = lane_planes(pack(codes, bits), bits, 300)
+        padded = torch.cat([codes, torch.zeros(3, 212, dtype=torch.int64)], 1)
+        lanes = padded.unflatten(1, (2, 8, 32)).unbind(2)  # 8 of [3, 2, 32]
+        dtypes = (torch.int32, torch.int16, torch.int8)
+        for plane, want, dtype in zip(planes, worked(*lanes), dtypes, strict=True):
+            if want is None:
+                assert plane is None
+            else:
+                assert plane.dtype == dtype and torch.equal(plane, want.flatten(1).to(dtype))
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_pieces(bits):
+    """Every bit of a lane belongs to one code; no piece crosses from one word into another."""
+    used = [bit for code in PIECES[bits] for plane, first, width in code
+            for bit in ((plane, first + i) for i in range(width))]  # fmt: skip
+    sizes = [size if bits & digit else 0 for digit, size in ((4, 32), (2, 16), (1, 8))]
+    assert sorted(used) == [(plane, i) for plane, size in enumerate(sizes) for i in range(size)]
+    for code in PIECES[bits]:
+        assert sum(width for _, _, width in code) == bits
+        assert all(first // 16 == (first + width - 1) // 16 for _, first, width in code)
 
 
 def floats(register: int, dtype: torch.dtype) -> torch.Tensor:
@@ -159,19 +183,18 @@ def run_asm(asm: str, registers: dict[str, int]) -> int:
     return results(body, torch.zeros(32, dtype=torch.int32))[0].item() & 0xFFFFFFFF
 
 
-def pair_registers(codes: torch.Tensor, bits: int, slot: int) -> dict[str, int]:
-    """What two neighbouring lanes' codes [16] (a lane's 8, then the next's) make of $1 to $3."""
+def pair_registers(codes: torch.Tensor, bits: int) -> dict[str, int]:
+    """What two neighbouring lanes' codes [16] (a lane's 8, then the next's) make of $1 to $4."""
     if bits == 8:
         planes = [codes[::8].to(torch.int8)[None], None, None]
     else:
         columns = torch.zeros(1, 256, dtype=torch.uint8)
         columns[0, ::32], columns[0, 1::32] = codes[:8], codes[8:]
         planes = lane_planes(pack(columns, bits), bits, 256)
-    whole = [0 if p is None else [lane.item() for lane in p[0, :2]] for p in planes]
-    if bits < 8 and bits & 4 and slot >= 4:
-        whole[0] = [lane >> 16 for lane in whole[0]]
-    halves = [0 if w == 0 else (w[0] & 0xFFFF) | (w[1] & 0xFFFF) << 16 for w in whole]
-    return dict(zip(("$1", "$2", "$3"), halves, strict=True))
+    fours, twos, ones = ([0, 0] if p is None else [n.item() for n in p[0, :2]] for p in planes)
+    words = [fours, [lane >> 16 for lane in fours], twos, ones]
+    halves = [(a & 0xFFFF) | (b & 0xFFFF) << 16 for a, b in words]
+    return dict(zip(("$1", "$2", "$3", "$4"), halves, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -190,7 +213,7 @@ def test_asm_of_pairs(dtype):
     for kind, bits, exponent, values in kinds:
         for slot in range(8 if bits < 8 else 1):
             codes = torch.randint(0, 2**bits, (16,), dtype=torch.uint8)
-            registers = pair_registers(codes, bits, slot)
+            registers = pair_registers(codes, bits)
             pair = codes[[slot, slot + 8]].long()
             want = pair.double() + base if kind == "integer" else values[pair].double()
             asm = pair_asm.fn(kind, bits, exponent, slot, name)
@@ -210,7 +233,7 @@ def test_asm_of_quads():
     for slot in range(8):
         codes = torch.randint(0, 16, (2, 16), dtype=torch.uint8)
         codes[0, slot] = 0  # -8 times the largest scale, -127
-        first, second = (pair_registers(c, 4, slot)["$1"] for c in codes)
+        first, second = (pair_registers(c, 4)["$2" if slot >= 4 else "$1"] for c in codes)
         quad = codes[:, [slot, slot + 8]].flatten().double() - 8
         for scale in (None, 1.0, 15.875, 2.5, torch.rand(()).item() * 15):
             registers = {"$1": first, "$2": second}
@@ -231,7 +254,7 @@ def test_asm_of_scaled_pairs():
     from kernels.cuda.tiles import pair_asm
 
     for bits in range(1, 8):
-        for slot, mid in ((0, 2 ** (bits - 1)), (6, 2 ** (bits - 1))):
+        for slot, mid in ((0, 2 ** (bits - 1)), (7, 2 ** (bits - 1))):
             codes = torch.randint(0, 2**bits, (16,), dtype=torch.uint8)
             pair = codes[[slot, slot + 8]].double()
             scale, zero = torch.rand(2).bfloat16() / 10
@@ -241,8 +264,8 @@ def test_asm_of_scaled_pairs():
                 ("float", zero, (pair - mid) * scale.double() + zero.double()),
                 ("int", integer + 128, (pair - integer.double()) * scale.double()),
             ):
-                registers = pair_registers(codes, bits, slot)
-                registers |= {"$4": register(scale), "$5": register(stored)}
+                registers = pair_registers(codes, bits)
+                registers |= {"$5": register(scale), "$6": register(stored)}
                 asm = pair_asm.fn("integer", bits, 0, slot, tl.bfloat16, mid, kind)
                 y = floats(run_asm(asm, registers), torch.bfloat16)
                 assert torch.equal(y, want.bfloat16().double()), (kind, bits, slot)

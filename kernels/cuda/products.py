@@ -21,9 +21,9 @@ from kernels.cuda.tiles import (
     group_ends,
     group_offset,
     group_scale,
+    lane_words,
     load_lanes,
     pair_base,
-    plane_halves,
     prefetch,
     round_even,
     same_group,
@@ -202,11 +202,14 @@ def add_group(
     """acc plus a group's: `part` sums codes, which are CENTRE too large, `total` sums x."""
     if GROUP == 0:
         return acc + (part - total * CENTRE)
-    elif SUMS:
-        acc += part * s
-        return acc + total * (group_offset(s, zero, MID, ZERO) - CENTRE * s)
-    else:
+    elif not SUMS:
         return acc + part * s
+    elif ZERO == "float":
+        acc += part * s
+        return acc + total * (zero - CENTRE * s)
+    else:
+        base = CENTRE if ZERO == "none" else zero + (CENTRE - MID)
+        return acc + (part - total * base) * s
 
 
 @triton.jit
@@ -303,7 +306,7 @@ def matmul(
             if SPREAD and slot % 4 == 0:
                 w0, w1, w2, w3 = sparse_block(b, c, slot // 4, xk.dtype)
             if LOOKED_UP and slot % 4 == 0:
-                half, _, _ = plane_halves(a, b, c, slot, BITS)
+                half = lane_words(a, b, c, BITS)[slot // 4]
                 w0, w1, w2, w3 = looked_up(half, words, xk.dtype)
             if SPREAD or LOOKED_UP:
                 w, w0, w1, w2 = w0, w1, w2, w3

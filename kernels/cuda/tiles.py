@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.cuda.layout import PIECES
+
 
 @triton.jit
 def wait_for_others(PDL: tl.constexpr):
@@ -63,23 +65,38 @@ def load_lanes(plane, offsets, mask):
         return tl.load(plane + offsets, mask=mask, other=0, eviction_policy="evict_first")
 
 
+@triton.constexpr_function
+def piece(BITS, slot, i):
+    """Of piece i of a code: plane, shift to its place in the plane, mask, shift in the code."""
+    parts = PIECES[BITS][slot]
+    plane, first, width = parts[i]
+    return plane, first, 2**width - 1, sum(part[2] for part in parts[:i])
+
+
+@triton.constexpr_function
+def piece_count(BITS, slot):
+    return len(PIECES[BITS][slot])
+
+
+@triton.jit
+def code_piece(fours, twos, ones, slot: tl.constexpr, BITS: tl.constexpr, i: tl.constexpr):
+    """Piece i of a code, at its place in the code, int32."""
+    at: tl.constexpr = piece(BITS, slot, i)
+    if at[0] == 0:
+        lane = fours
+    elif at[0] == 1:
+        lane = twos
+    else:
+        lane = ones
+    return ((lane.to(tl.int32) >> at[1]) & at[2]) << at[3]
+
+
 @triton.jit
 def code_of(fours, twos, ones, slot: tl.constexpr, BITS: tl.constexpr):
     """Code `slot` of each lane, int32 in [0, 2^BITS)."""
-    if BITS == 8:
-        code = fours.to(tl.int32) & 255
-    elif BITS & 4 != 0:
-        code = (fours >> (4 * slot)) & 15
-        if BITS & 2 != 0:
-            code |= ((twos.to(tl.int32) >> (2 * slot)) & 3) << 4
-        if BITS & 1 != 0:
-            code |= ((ones.to(tl.int32) >> slot) & 1) << (BITS & 6)
-    elif BITS & 2 != 0:
-        code = (twos.to(tl.int32) >> (2 * slot)) & 3
-        if BITS & 1 != 0:
-            code |= ((ones.to(tl.int32) >> slot) & 1) << 2
-    else:
-        code = (ones.to(tl.int32) >> slot) & 1
+    code = code_piece(fours, twos, ones, slot, BITS, 0)
+    for i in tl.static_range(1, piece_count(BITS, slot)):
+        code |= code_piece(fours, twos, ones, slot, BITS, i)
     return code
 
 
@@ -106,25 +123,23 @@ def pair_base(KIND, dtype):
 
 @triton.constexpr_function
 def pair_fields(KIND, BITS, EXPONENT, slot, dtype):
-    """Where a code's bits lie and belong: (plane, shift to the right, mask of the result) each.
+    """Where a code's bits lie and belong: (word, shift to the right, mask of the result) each.
 
-    The planes are 16 bits wide: 0 the half of `fours` that holds the slot, 1 `twos`, 2 `ones`.
-    An integer comes to the lowest bits; a small float's magnitude to the top of the mantissa, so
-    that its exponent bits are the lowest of the exponent, and its sign to the top.
+    The words are those of `lane_words`. An integer comes to the lowest bits; a small float's
+    magnitude to the top of the mantissa, so that its exponent bits are the lowest of the exponent,
+    and its sign to the top.
     """
     mantissa = 7 if dtype == tl.bfloat16 else 10
     up = mantissa - (BITS - 1 - EXPONENT) if KIND == "float" else 0
     fields, below = [], 0
-    for plane, width in enumerate((8,) if BITS == 8 else (4, 2, 1)):
-        if not BITS & width:
-            continue
-        at = width * slot if plane else width * (slot % 4)
+    for plane, first, width in PIECES[BITS][slot]:
+        word, at = (plane + 1, first) if plane else (first // 16, first % 16)
         signed = KIND == "float" and below + width == BITS
         bits = width - 1 if signed else width
         if bits:
-            fields.append((plane, at - below - up, ((1 << bits) - 1) << (below + up)))
+            fields.append((word, at - below - up, ((1 << bits) - 1) << (below + up)))
         if signed:
-            fields.append((plane, at + width - 1 - 15, 1 << 15))
+            fields.append((word, at + width - 1 - 15, 1 << 15))
         below += width
     return fields
 
@@ -133,14 +148,14 @@ def pair_fields(KIND, BITS, EXPONENT, slot, dtype):
 def pair_asm(KIND, BITS, EXPONENT, slot, dtype, MID=0, ZERO=None):
     """PTX: the fields of two neighbouring codes, one in each half of a register, as two floats.
 
-    Both halves are shifted at once: what crosses from one into the other is masked. $1 to $3 are
-    the planes. With a ZERO the result is scaled, rounded once: $4 is the scale, $5 the offset.
+    Both halves are shifted at once: what crosses from one into the other is masked. $1 to $4 are
+    the words. With a ZERO the result is scaled, rounded once: $5 is the scale, $6 the offset.
     """
     name, bias, mantissa = ("bf16", 127, 7) if dtype == tl.bfloat16 else ("f16", 15, 10)
     above = 0 if KIND == "float" else (bias + mantissa) << mantissa  # 2^mantissa as a float
     lines = [".reg .b32 t, u, a, b;", f"mov.b32 u, {above * 0x10001};"]
-    for plane, shift, mask in pair_fields(KIND, BITS, EXPONENT, slot, dtype):
-        lines.append(f"sh{'r' if shift >= 0 else 'l'}.b32 t, ${plane + 1}, {abs(shift)};")
+    for word, shift, mask in pair_fields(KIND, BITS, EXPONENT, slot, dtype):
+        lines.append(f"sh{'r' if shift >= 0 else 'l'}.b32 t, ${word + 1}, {abs(shift)};")
         lines.append(f"lop3.b32 u, t, {mask * 0x10001}, u, 0xEA;")  # (t & mask) | u
 
     def fma(out: str, x: str, times: int | str, plus: int | str) -> None:
@@ -155,30 +170,41 @@ def pair_asm(KIND, BITS, EXPONENT, slot, dtype, MID=0, ZERO=None):
         fma("$0", "u", (2 * bias + 1 - 2 ** (EXPONENT - 1)) << mantissa, minus_zero)
     elif ZERO is None:
         lines.append("mov.b32 $0, u;")
-    elif ZERO == "int":  # $5 is the zero plus the base
-        fma("t", "$5", one | 0x8000, "u")
-        fma("$0", "t", "$4", minus_zero)
+    elif ZERO == "int":  # $6 is the zero plus the base
+        fma("t", "$6", one | 0x8000, "u")
+        fma("$0", "t", "$5", minus_zero)
     else:
         centre = 0x8000 | (bias + mantissa) << mantissa | MID  # -(2^mantissa + MID)
         fma("t", "u", one, centre)
-        fma("$0", "t", "$4", "$5" if ZERO == "float" else minus_zero)
+        fma("$0", "t", "$5", "$6" if ZERO == "float" else minus_zero)
     return "{ " + " ".join(lines) + " }"
 
 
 @triton.jit
-def plane_halves(fours, twos, ones, slot: tl.constexpr, BITS: tl.constexpr):
-    """The planes as 16-bit tiles, the half of `fours` that holds the slot."""
-    if BITS == 8 or (BITS & 4 != 0 and slot < 4):
-        a = fours.to(tl.int16)
+def widened(plane):
+    """Bytes as 16-bit tiles, zeros above: two `prmt` for four, where a conversion takes ten."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342;", "=r,=r,r", [plane],
+        dtype=tl.int16, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def lane_words(fours, twos, ones, BITS: tl.constexpr):
+    """The lanes as 16-bit tiles: `fours`' low half, its high one, `twos`, `ones`; what a format
+    lacks is one of the others."""
+    if BITS == 8:
+        a = widened(fours)
     elif BITS & 4 != 0:
-        a = (fours >> 16).to(tl.int16)
+        a = fours.to(tl.int16)
     elif BITS & 2 != 0:
         a = twos
     else:
-        a = ones.to(tl.int16)
-    b = twos if BITS & 2 != 0 and BITS != 8 else a
-    c = ones.to(tl.int16) if BITS & 1 != 0 else a
-    return a, b, c
+        a = widened(ones)
+    b = (fours >> 16).to(tl.int16) if BITS & 4 != 0 and BITS != 8 else a
+    c = twos if BITS & 2 != 0 and BITS != 8 else a
+    d = widened(ones) if BITS & 1 != 0 else a
+    return a, b, c, d
 
 
 @triton.jit
@@ -197,10 +223,10 @@ def code_pairs(
         else:
             return (code + pair_base(KIND, dtype)).to(tl.float32).to(dtype)
     else:
-        a, b, c = plane_halves(fours, twos, ones, slot, BITS)
+        a, b, c, d = lane_words(fours, twos, ones, BITS)
         asm: tl.constexpr = pair_asm(KIND, BITS, EXPONENT, slot, dtype)
         pairs = tl.inline_asm_elementwise(
-            asm, "=r,r,r,r", [a, b, c], dtype=tl.int16, is_pure=True, pack=2
+            asm, "=r,r,r,r,r", [a, b, c, d], dtype=tl.int16, is_pure=True, pack=2
         )
         return pairs.to(dtype, bitcast=True)
 
@@ -215,13 +241,13 @@ def scaled_pairs(
         code = code_of(fours, twos, ones, slot, BITS) - MID
         return (code.to(tl.float32) * s + group_offset(s, zero, MID, ZERO)).to(tl.bfloat16)
     else:
-        a, b, c = plane_halves(fours, twos, ones, slot, BITS)
+        a, b, c, d = lane_words(fours, twos, ones, BITS)
         if ZERO == "int":
             zero += pair_base("integer", tl.bfloat16)
         s, zero = s.to(tl.bfloat16), zero.to(tl.bfloat16)
         asm: tl.constexpr = pair_asm("integer", BITS, 0, slot, tl.bfloat16, MID, ZERO)
         return tl.inline_asm_elementwise(
-            asm, "=r,r,r,r,r,r", [a, b, c, s, zero], dtype=tl.bfloat16, is_pure=True, pack=2
+            asm, "=r,r,r,r,r,r,r", [a, b, c, d, s, zero], dtype=tl.bfloat16, is_pure=True, pack=2
         )
 
 
@@ -255,7 +281,7 @@ def code_quads(fours, s, slot: tl.constexpr, GROUP: tl.constexpr, INTERPRET: tl.
         else:
             return round_even(c.to(tl.float32) * s).to(tl.int8)
     else:
-        a = plane_halves(fours, fours, fours, slot, 4)[0]
+        a = lane_words(fours, fours, fours, 4)[slot // 4]
         if GROUP == 0:
             asm: tl.constexpr = quad_asm(slot, False)
             return tl.inline_asm_elementwise(
