@@ -40,7 +40,15 @@ from errors import (
 )  # fmt: skip
 from kernels import native
 from kernels.choice import KERNELS
-from measure import device_name, peak_memory, read_bandwidth, spread, step_bytes, weight_bytes
+from measure import (
+    device_name,
+    peak_memory,
+    read_bandwidth,
+    reset_peak_memory,
+    spread,
+    step_bytes,
+    weight_bytes,
+)
 from model import CONFIGS, KV_CACHES, Transformer
 from modes import FLOAT_MODES, Mode, head_mode, parse_mode
 from package import Package
@@ -386,6 +394,8 @@ def main() -> None:
         configure_compiler()
         parts = " and the ".join(engine.compiled)
         progress(f"compiling the {parts} (half a minute each the first time) ...")
+    if args.random_weights:
+        reset_peak_memory(args.device)  # making weights takes more than loading them would
     compile_s = engine.warm_up(max(map(len, prompts)))
     progress("")
     graphs = compiled_graphs()

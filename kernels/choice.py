@@ -7,8 +7,8 @@
     inductor   plain PyTorch forms, for torch.compile to fuse
     aten       ATen's own int4 and int8 products on a GPU; attention and the rest as in `inductor`
 
-`kernels/cuda` imports Triton, so it is imported by `load_triton` alone. The setting decides the
-layout at `repack`, so it is set before a model is loaded.
+What imports Triton is imported by `load_triton` alone (of `kernels/cuda` all but layout.py and
+weight.py). The setting decides the layout at `repack`, so it is set before a model is loaded.
 """
 
 import functools

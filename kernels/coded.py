@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels import affine, native
 from kernels.cuda.layout import lane_planes
 from kernels.cuda.weight import TritonWeight
-from kernels.linear import NativeForm, Params, QuantizedLinear
+from kernels.linear import Kind, NativeForm, Params, QuantizedLinear
 from kernels.packing import pack, packed_size, unpack
 
 # What the product reads: codes, scales, zeros, positions (2:4), values.
@@ -42,7 +42,8 @@ def byte_tiles(codes: Tensor) -> Tensor:
 
 
 def plane_tiles(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Packed codes [N, C] of K < 8 `bits` as bit planes: int32 [ceil(N / 16), W, 16].
+    """Packed codes uint8 [N, ceil(K bits / 8)] of K `columns`, of less than 8 bits each, as bit
+    planes: int32 [ceil(N / 16), bits ceil(K / 32), 16].
 
     32 columns are `bits` lines of 64 bytes: 4 with the codes' lowest 4 bits, 2 with the next 2, 1
     with the next, as `bits` is a sum of these. Byte 4 r + i of a line is of row r and of columns
@@ -69,10 +70,10 @@ class CodedLinear(QuantizedLinear):
     """Buffers: weight uint8 [N, ceil(K bits / 8)]; scales [N, G]; zeros, if the format has any,
     integers of `bits` bits each, packed: uint8 [N, ceil(G bits / 8)].
 
-    A format sets `bits`, `table` and `grid`, and where they differ from the plain case, a free
-    table, `default_groupsize`, `has_zeros`, `exponent_bits`, `integers`, `activations` and
-    `triton_kind`. Free tables have 4 bits. Group size 0 is one group per row; so is a format
-    without group sizes.
+    A format sets `bits`, `table` and `grid`. The defaults below are those of a table of arbitrary
+    values with one scale per row. There are C++ products of arbitrary tables of 16 values, of
+    neighbouring integers of 1 to 7 bits, and of small floats; what else a format may be runs in
+    plain PyTorch on the CPU. Group size 0 is one group per row; so is a format without group sizes.
     """
 
     bits: int
@@ -80,7 +81,6 @@ class CodedLinear(QuantizedLinear):
     exponent_bits = 0  # of codes that are small floats: sign, exponent, mantissa
     integers = False  # whether codes stand for neighbouring integers
     activations = 0  # quantized by the product: one of activations.py's ways, or not
-    groupsizes = (32, 64, 128, 256)
 
     def __init__(
         self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None,
@@ -166,12 +166,17 @@ class CodedLinear(QuantizedLinear):
     def repack(self) -> None:
         if self.repack_for_triton():
             return
-        whole_words = self.groupsize % 32 == 0 or self.groupsize >= self.in_features
-        if self.weight is None or not whole_words:
+        if self.weight is None or not self.has_cpu_product():
             return
         if native.prepare(self.weight.device):
             self.make_tiles()
             self.weight = self.scales = self.zeros = None
+
+    def has_cpu_product(self) -> bool:
+        """Whether coded_ops.cpp multiplies such codes, in groups of whole words."""
+        whole_words = self.groupsize % 32 == 0 or self.groupsize >= self.in_features
+        known = self.bits < 8 if self.integers else self.exponent_bits > 0 or self.bits == 4
+        return whole_words and known
 
     def make_tiles(self) -> None:
         """The canonical buffers as tiles of 16 rows; see the top of the file."""
@@ -197,7 +202,7 @@ class CodedLinear(QuantizedLinear):
         ]  # fmt: skip
         shape = [self.out_features, self.in_features]
         return tensors, [
-            4, *shape, self.bits, self.groupsize, self.exponent_bits, self.activations,
+            Kind.CODED, *shape, self.bits, self.groupsize, self.exponent_bits, self.activations,
             int(self.integers), int(native.exact_activations()),
         ]  # fmt: skip
 
@@ -245,5 +250,5 @@ class IntegerProduct:
     def native_form(self) -> NativeForm | None:
         if self.tiles is None:
             return None
-        numbers = [5, self.out_features, self.in_features, self.tile_groupsize]
+        numbers = [Kind.INT4DQ, self.out_features, self.in_features, self.tile_groupsize]
         return [self.tiles, self.bias, self.input_scale, self.tile_scales], numbers

@@ -16,7 +16,7 @@ from kernels import affine, aten, native
 from kernels.choice import aten_on
 from kernels.cuda.layout import lane_planes
 from kernels.cuda.weight import TritonWeight
-from kernels.linear import Grid, NativeForm, Params, QuantizedLinear
+from kernels.linear import Grid, Kind, NativeForm, Params, QuantizedLinear
 from kernels.packing import pack, packed_size, unpack
 
 
@@ -123,7 +123,7 @@ class Int4Linear(QuantizedLinear):
     def native_form(self) -> NativeForm | None:
         if self.tiles is None:
             return None
-        numbers = [3, self.out_features, self.in_features, self.groupsize]
+        numbers = [Kind.INT4, self.out_features, self.in_features, self.groupsize]
         return [self.tiles, self.bias, self.input_scale], [
             *numbers, int(native.exact_activations()),
         ]  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels import affine, aten, native
 from kernels.choice import aten_on
 from kernels.cuda.weight import TritonWeight
-from kernels.linear import Grid, NativeForm, Params, QuantizedLinear
+from kernels.linear import Grid, Kind, NativeForm, Params, QuantizedLinear
 
 
 class Int8Grid(Grid):
@@ -72,7 +72,7 @@ class Int8Linear(QuantizedLinear):
             return None
         tensors = [self.tiles, self.bias, self.input_scale, self.scales]
         exact = int(native.exact_activations())
-        return tensors, [1, self.out_features, self.in_features, exact]
+        return tensors, [Kind.INT8, self.out_features, self.in_features, exact]
 
     def multiply(self, x: Tensor) -> Tensor:
         if self.tiles is not None:

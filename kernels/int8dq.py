@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.activations import int8_matmul, int8_symmetric
 from kernels.int8 import Int8Linear
-from kernels.linear import NativeForm
+from kernels.linear import Kind, NativeForm
 
 
 class Int8DynamicLinear(Int8Linear):
@@ -23,7 +23,7 @@ class Int8DynamicLinear(Int8Linear):
 
     def native_form(self) -> NativeForm | None:
         form = super().native_form()
-        return form and (form[0], [2, *form[1][1:]])
+        return form and (form[0], [Kind.INT8DQ, *form[1][1:]])
 
     def multiply(self, x: Tensor) -> Tensor:
         if self.tiles is not None:

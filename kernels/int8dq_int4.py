@@ -43,10 +43,9 @@ class SymmetricGrid(Grid):
         return (codes.float() - self.mid) * params["scales"]
 
 
-class Int8DynamicInt3Linear(CodedLinear):
+class GroupedDynamicLinear(CodedLinear):
     """Buffers: weight uint8 [N, ceil(K bits / 8)]; scales bf16 [N, G]."""
 
-    name, bits = "int8dq-int3", 3
     default_groupsize = 128
     integers = True
     triton_kind = "integer"
@@ -64,8 +63,14 @@ class Int8DynamicInt3Linear(CodedLinear):
         return self.quantized_reference(q, scale, x.dtype)
 
 
-class Int8DynamicInt4Linear(IntegerProduct, Int8DynamicInt3Linear):
-    """The same in 4 bits."""
+class Int8DynamicInt3Linear(GroupedDynamicLinear):
+    """3 bits."""
+
+    name, bits = "int8dq-int3", 3
+
+
+class Int8DynamicInt4Linear(IntegerProduct, GroupedDynamicLinear):
+    """4 bits."""
 
     name, bits = "int8dq-int4", 4
 

@@ -9,6 +9,7 @@ reads. The plain `Linear` of bf16, fp16 and fp32 weights is here too: the base l
 """
 
 from collections.abc import Callable, Iterable
+from enum import IntEnum
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +108,12 @@ class Grid:
         return self.decode(codes, self.columns(params, columns))
 
 
+class Kind(IntEnum):
+    """What a layer is for the C++ operators that contain it, as in cpu/product.h."""
+
+    ROWS, INT8, INT8DQ, INT4, CODED, INT4DQ = range(6)
+
+
 class Linear(nn.Linear):
     """y = x W^T + b in the dtype of the weight. [..., K] -> [..., N].
 
@@ -124,7 +131,7 @@ class Linear(nn.Linear):
 
     def native_form(self) -> NativeForm | None:
         """See `QuantizedLinear.native_form`."""
-        return [self.weight, self.bias, None], [0, self.out_features, self.in_features]
+        return [self.weight, self.bias, None], [Kind.ROWS, self.out_features, self.in_features]
 
 
 class QuantizedLinear(nn.Module):
@@ -133,8 +140,9 @@ class QuantizedLinear(nn.Module):
     A format sets `name` and `bits`, registers its canonical buffers in `__init__`, and defines
     `grid`, `pack`, `stored_weight`, and `repack` / `multiply` where it has a kernel; without one it
     runs in plain PyTorch, far slower. After `repack` the canonical buffers are gone:
-    the module runs, but no longer saves or dequantizes. Constants are globals or persistent
-    buffers, since a checkpoint's layers are filled by name.
+    the module runs, but no longer saves or dequantizes. Layers are made on the meta device and
+    filled by name from a checkpoint, so a constant tensor is a global or a persistent buffer: a
+    plain attribute would stay on meta.
 
     Any format may have an `input_scale` [K], bf16: x is multiplied by it first, so that the weight
     is the stored one times input_scale, column by column (AWQ, SmoothQuant).
@@ -159,7 +167,7 @@ class QuantizedLinear(nn.Module):
         self.packed: TritonWeight | None = None
 
     def _apply(self, fn, recurse=True):
-        """Of a conversion's dtype only the bias becomes: the rest is what the kernels read."""
+        """`.to(dtype)` converts the bias only: codes and scales keep what the kernels read."""
         bias = self.bias
 
         def keep(tensor: Tensor) -> Tensor:
@@ -268,19 +276,21 @@ class QuantizedLinear(nn.Module):
         q, scale = self.quantize_input(x)
         return q.double() * scale.double()
 
-    def triton_multiply(self, x: Tensor) -> Tensor:
-        """x [..., K] times the packed weight, plus the bias, by the Triton kernels."""
+    def quantized_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x [..., K] as the Triton kernels take it, and the scales [..., 1] of its rows, if any."""
         if self.quantize_input is None:
-            return self.packed(x, self.bias)
+            return x, None
         q, scale = self.quantize_input(x)
-        if q.dtype != torch.int8:  # e4m3, or integers of at most 255: exact in bf16
-            q = q.to(torch.bfloat16)
-        return self.packed(q, self.bias, scale, x.dtype)
+        # e4m3, and integers of at most 255, are exact in bf16
+        return q if q.dtype == torch.int8 else q.to(torch.bfloat16), scale
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_scale is not None:
             x = (x * self.input_scale).to(x.dtype)
-        return self.multiply(x) if self.packed is None else self.triton_multiply(x)
+        if self.packed is None:
+            return self.multiply(x)
+        q, scale = self.quantized_input(x)
+        return self.packed(q, self.bias, scale, x.dtype)
 
     def multiply(self, x: Tensor) -> Tensor:
         """x [..., K], scaled already, times the stored weight, plus the bias: [..., N]."""

@@ -78,9 +78,8 @@ def judged(what: str, limit: float, error: Callable[[], float]) -> dict:
     return {"what": what, "error": found, "ok": found < limit}
 
 
-def check_format(name: str) -> list[dict]:
+def check_format(name: str) -> Iterator[dict]:
     """One entry for each shape, type and number of rows."""
-    found = []
     for dtype, tolerance in TOLERANCE.items():
         for k, n in SHAPES:
             module = make(name, n, k, dtype)
@@ -93,29 +92,29 @@ def check_format(name: str) -> list[dict]:
                     limit = TOLERANCE[torch.bfloat16]
                 what = f"{name} [{n}, {k}] {dtype}, {rows} rows"
                 want = module.rounded_input(x) @ weight.t()
-                found.append(judged(what, limit, lambda x=x, y=want, m=module: relative(m(x), y)))
-    return found
+                yield judged(what, limit, lambda x=x, y=want, m=module: relative(m(x), y))
 
 
 def in_a_process(script: str, unit: str, limit: float) -> list[dict]:
-    """What `script --check UNIT` finds; a process that fails or takes too long counts as wrong."""
+    """What `script --check UNIT` finds; that it fails, or takes too long, is a wrong one more."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "checks.json"
         command = [sys.executable, script, "--check", unit, "--json", str(out)]
-        begin = time.perf_counter()
+        begin, failure = time.perf_counter(), None
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", timeout=limit
             )
+            if done.returncode:
+                failure = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         except subprocess.TimeoutExpired:
-            return [{"what": f"{unit}: more than {limit:g} s", "error": None, "ok": False}]
-        if out.exists():
-            found = json.loads(out.read_text())["checks"]
-            right, seconds = sum(c["ok"] for c in found), time.perf_counter() - begin
-            print(f"{unit}: {right} of {len(found)} right, {seconds:.0f} s", file=sys.stderr)
-            return found
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return [{"what": f"{unit}: {last}", "error": None, "ok": False}]
+            failure = f"more than {limit:g} s"
+        found = json.loads(out.read_text())["checks"] if out.exists() else []
+        right, seconds = sum(c["ok"] for c in found), time.perf_counter() - begin
+        print(f"{unit}: {right} of {len(found)} right, {seconds:.0f} s", file=sys.stderr)
+        if failure:
+            found.append({"what": f"{unit}: {failure}", "error": None, "ok": False})
+        return found
 
 
 def in_processes(script: str, units: list[str], jobs: int, limit: float) -> Iterator[list[dict]]:
@@ -125,9 +124,8 @@ def in_processes(script: str, units: list[str], jobs: int, limit: float) -> Iter
             yield done.result()
 
 
-def check_float() -> list[dict]:
+def check_float() -> Iterator[dict]:
     """Float weights, whose kernel serves up to 16 rows."""
-    found = []
     for dtype, tolerance in TOLERANCE.items():
         for k, n in SHAPES:
             linear = Linear(k, n, bias=True, device="cuda", dtype=dtype).requires_grad_(False)
@@ -135,15 +133,11 @@ def check_float() -> list[dict]:
                 x = torch.randn(rows, k, device=DEVICE).to(dtype)
                 want = x.double() @ linear.weight.double().t() + linear.bias.double()
                 what = f"{dtype} [{n}, {k}], {rows} rows"
-                found.append(
-                    judged(what, tolerance, lambda x=x, y=want, m=linear: relative(m(x), y))
-                )
-    return found
+                yield judged(what, tolerance, lambda x=x, y=want, m=linear: relative(m(x), y))
 
 
-def check_attention() -> list[dict]:
+def check_attention() -> Iterator[dict]:
     """Attention of several shapes, caches of both kinds, against its reference."""
-    found = []
     for dtype, tolerance in TOLERANCE.items():
         for b, h, hkv, t, s, d, start in ATTENTION:
             q, start = torch.randn(b, h, t, d, device="cuda").to(dtype), torch.tensor(start).cuda()
@@ -155,12 +149,8 @@ def check_attention() -> list[dict]:
                 want = attention_reference(q.float(), *cache).double()
                 kind = "int8" if len(cache) > 3 else str(dtype)
                 what = f"attention {[b, h, hkv, t, s, d]} {dtype}, {kind} cache"
-                found.append(
-                    judged(
-                        what, tolerance, lambda q=q, c=cache, y=want: relative(attention(q, *c), y)
-                    )
-                )
-    return found
+                error = lambda q=q, c=cache, y=want: relative(attention(q, *c), y)  # noqa: E731
+                yield judged(what, tolerance, error)
 
 
 class ExactLinear(torch.nn.Module):
@@ -240,12 +230,11 @@ def step_error(name: str, cache: str, batch: int, t: int) -> tuple[float, Transf
     return relative(model(tokens, start), truth) / modules, model
 
 
-def check_step(name: str, cache: str) -> list[dict]:
+def check_step(name: str, cache: str) -> Iterator[dict]:
     """A step as one operator beside the modules, and with overlapping kernels beside itself.
 
     A kernel that does not wait for the one in front would sooner or later change some bit.
     """
-    found = []
     for batch, t in ((1, 1), (2, 8), (3, 1)):
         what, models = f"step of {name}, {cache} cache, {batch} x {t}", []
 
@@ -254,7 +243,7 @@ def check_step(name: str, cache: str) -> list[dict]:
             models.append(model)
             return ratio
 
-        found.append(judged(what, 2.0, error))
+        yield judged(what, 2.0, error)
         for kernels in ("triton", "triton-pdl")[: 1 + overlaps()]:
             far = []
 
@@ -264,15 +253,14 @@ def check_step(name: str, cache: str) -> list[dict]:
                 return wrong
 
             entry = judged(f"{what}, {kernels}: rounds that differ", 1, rounds)
-            found.append({**entry, "largest_difference": far[0] if far else None})
-    return found
+            yield {**entry, "largest_difference": far[0] if far else None}
 
 
-def check_engine() -> list[dict]:
+def check_engine() -> Iterator[dict]:
     """Greedy texts of a tiny fp32 model, compiled and captured, beside the eager modules."""
     configure_compiler()
     torch.set_float32_matmul_precision("highest")  # else some products are of 11 bits, others of 24
-    prompt, found = [list(range(5, 37))], []
+    prompt = [list(range(5, 37))]
 
     def text(kernels: str, **settings) -> list[int]:
         choice.kernels(kernels)
@@ -290,14 +278,13 @@ def check_engine() -> list[dict]:
             ids = text(kernels, compile_mode="reduce-overhead", compile_prefill=True)
             return sum(a != b for a, b in zip(ids, want, strict=True))
 
-        found.append(judged(f"engine, compiled, {kernels}: tokens that differ", 1, differing))
+        yield judged(f"engine, compiled, {kernels}: tokens that differ", 1, differing)
         skipped = skipped_graphs() - before
         what = f"engine, {kernels}: CUDA graphs skipped"
-        found.append({"what": what, "error": skipped, "ok": skipped == 0})
-    return found
+        yield {"what": what, "error": skipped, "ok": skipped == 0}
 
 
-def check(unit: str) -> list[dict]:
+def check(unit: str) -> Iterator[dict]:
     """The checks of a unit: a format, "step FORMAT CACHE" or one of UNITS."""
     if unit in FORMATS:
         return check_format(unit)
@@ -361,8 +348,9 @@ def main() -> int:
     figures = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
                "command": sys.argv, "checks": []}  # fmt: skip
     if args.check:
-        figures["checks"] = check(args.check)
-        write_json(args.json, figures)
+        for found in check(args.check):
+            figures["checks"].append(found)
+            write_json(args.json, figures)  # what is known so far
         return 0
     try:
         units = units_of(args.checks)
@@ -370,7 +358,7 @@ def main() -> int:
         parser.error(str(error))
     for found in in_processes(__file__, units, args.jobs, args.limit):
         figures["checks"] += found
-        write_json(args.json, figures)  # what is known so far
+        write_json(args.json, figures)
     wrong = [c for c in figures["checks"] if not c["ok"]]
     for c in wrong:
         print(f"WRONG {c['what']}" + ("" if c["error"] is None else f": error {c['error']:.2e}"))

@@ -14,6 +14,7 @@ import importlib.util
 import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from backends import choose_kernels
-from engine import COMPILE_MODES, Engine, Sampling, configure_compiler
+from engine import COMPILE_MODES, Engine, Sampling, configure_compiler, skipped_graphs
 from errors import UserError, check_device, check_outputs, cli, progress, write_json
 from kernels.choice import KERNELS
 from measure import device_name, read_bandwidth
@@ -51,11 +52,15 @@ def torchao_config(mode: str):
         return UIntxWeightOnlyConfig(group_size=int(group or 64), bit_width=4)
     configs = {
         "int8": ao.Int8WeightOnlyConfig, "int8dq": ao.Int8DynamicActivationInt8WeightConfig,
-        "int4": ao.Int4WeightOnlyConfig, "float8": ao.Float8WeightOnlyConfig,
+        "float8": ao.Float8WeightOnlyConfig,
     }  # fmt: skip
-    if name not in configs:
-        raise UserError(f"{mode}: the peer has {', '.join(['bf16', *configs, 'gemlite'])}")
-    return configs[name](group_size=int(group or 64)) if name == "int4" else configs[name]()
+    if name not in ("int4", *configs):
+        raise UserError(f"{mode}: the peer has {', '.join(['bf16', 'int4', *configs, 'gemlite'])}")
+    if name == "int4":  # tinygemm's layout: the default one needs a package more
+        return ao.Int4WeightOnlyConfig(
+            group_size=int(group or 64), int4_packing_format="tile_packed_to_4d"
+        )
+    return configs[name]()
 
 
 class Peer:
@@ -75,10 +80,11 @@ class Peer:
         with torch.device(args.device):
             self.model = LlamaForCausalLM(shape).to(torch.bfloat16).eval()
         if ao is not None:
-            from torchao.quantization import quantize_
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-            try:
-                quantize_(self.model, ao)
+            try:  # the head in int8, as ours
+                quantize_(self.model.model, ao)
+                quantize_(self.model, Int8WeightOnlyConfig(), lambda _, name: name == "lm_head")
             except Exception as error:  # whatever a kernel package that is missing raises
                 raise UserError(f"{mode}: torchao: {error}") from None
         self.cache = StaticCache(config=shape, max_cache_len=args.prompt + args.max_new_tokens)
@@ -102,7 +108,6 @@ class Peer:
             token.item()
             begin = time.perf_counter()
             for _ in range(self.args.max_new_tokens - 1):
-                torch.compiler.cudagraph_mark_step_begin()
                 token, position = self.step(token, position).clone(), position + 1
             token.item()
         return (self.args.max_new_tokens - 1) / (time.perf_counter() - begin)
@@ -135,9 +140,10 @@ def compare(mode: str, args: argparse.Namespace) -> dict:
     config = CONFIGS[args.random_weights]
     torchao_config(mode)  # refuses before anything large is made
     progress(f"{mode}: compiling")
-    sides = [Ours(config, mode, args), Peer(config, mode, args)]
+    sides, skipped = [Ours(config, mode, args), Peer(config, mode, args)], [skipped_graphs()]
     for side in sides:
         side.tokens_per_s()
+        skipped.append(skipped_graphs())
     turns = []
     for turn in range(args.turns):
         progress(f"{mode}: turn {turn + 1} of {args.turns}")
@@ -145,7 +151,8 @@ def compare(mode: str, args: argparse.Namespace) -> dict:
     progress("")
     mine, other = (statistics.median(column) for column in zip(*turns, strict=True))
     return {"mode": mode, "tokens_per_s": mine, "peer_tokens_per_s": other,
-            "ratio": mine / other, "turns": turns}  # fmt: skip
+            "ratio": mine / other, "turns": turns,
+            "cuda_graphs_skipped": [b - a for a, b in pairwise(skipped)]}  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:

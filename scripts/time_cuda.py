@@ -5,8 +5,9 @@ python scripts/time_cuda.py --formats int4 --kernels triton-pdl --json times.jso
 
 The times are of Llama-3-8B's largest weight [28672, 4096] and 1 to 2048 rows of x, replayed in a
 CUDA graph over several copies of the weight, so that none is in the cache; beside each the same
-product of a plain bf16 weight by the library, timed in turns. First every format runs once in a
-process of its own, `--jobs` at a time, which fills Triton's cache.
+product of a plain bf16 weight by the library, timed in turns. Where x is quantized, or its columns
+are put in another order, that is done before. First every format runs once in a process of its own,
+`--jobs` at a time, which fills Triton's cache.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from errors import write_json
 from kernels import choice
 from kernels.formats import FORMATS
-from kernels.linear import Linear
+from kernels.linear import Linear, QuantizedLinear
 from measure import read_bandwidth
 from scripts.check_cuda import graph_of, in_processes, judged, make, overlaps
 
@@ -46,6 +48,17 @@ def module_of(name: str, n: int, k: int) -> torch.nn.Module:
 
 def inputs(rows: int, k: int) -> torch.Tensor:
     return torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+
+
+def products(modules: list[torch.nn.Module], x: torch.Tensor) -> list[Callable]:
+    """The product of each of some equal layers with x, which is made ready once for all."""
+    if not isinstance(modules[0], QuantizedLinear):
+        return [partial(m, x) for m in modules]
+    q, scale = modules[0].quantized_input(x)
+    q = modules[0].packed.arranged(q)
+    if scale is not None:
+        scale = scale.float().expand(len(x), 1).flatten().contiguous()
+    return [partial(m.packed.product, q, None, scale, x.dtype) for m in modules]
 
 
 def run_once(name: str, n: int, k: int) -> float:
@@ -85,7 +98,7 @@ def time_format(name: str, n: int, k: int, read: float, repeats: int) -> list[di
     result = []
     for rows in ROWS:
         x = inputs(rows, k)
-        ours = graph_of([partial(m, x) for m in copies * rounds])
+        ours = graph_of(products(copies, x) * rounds)
         weights = [b.weight for b in base]
         plain = graph_of([partial(torch.nn.functional.linear, x, w) for w in weights * rounds])
         mine, other = times([(ours, len(copies) * rounds), (plain, len(base) * rounds)], repeats)
@@ -116,7 +129,7 @@ def main() -> int:
     parser.add_argument("--kernels", choices=("triton", "triton-pdl"), default="triton")
     parser.add_argument("--shape", type=int, nargs=2, default=(28672, 4096), metavar=("N", "K"))
     parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count()), help="that compile")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="that compile")
     parser.add_argument("--limit", type=float, default=300, help="seconds of one of them")
     parser.add_argument("--check", metavar="UNIT", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)

@@ -17,7 +17,7 @@ from kernels.attention import attention, attention_reference
 from kernels.formats import FORMATS
 from kernels.linear import Linear, QuantizedLinear
 from model import KV_CACHES, ModelConfig, Transformer, rotate
-from tests.test_formats import quantized, random_weight
+from tests.test_formats import Codebook3, Uint8, quantized, random_weight, unlisted
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Columns: part of a chunk of 256; two chunks, so two splits. Rows of the weight: ragged.
@@ -89,6 +89,17 @@ def test_other_formats(name):
     check(name, 100, 18, 3, FP16)
 
 
+@pytest.mark.parametrize("cls", [Codebook3, Uint8])
+def test_formats_not_in_the_registry(cls):
+    for rows, dtype in ((1, FP32), (3, BF16), (17, FP16)):
+        module = unlisted(cls, 18, 300, dtype)
+        weight, x = module.dequantize().double(), torch.randn(rows, 300).to(dtype)
+        want = x.double() @ weight.t() + module.bias.double()
+        module.repack()
+        assert module.packed is not None
+        assert (module(x).double() - want).norm() / want.norm() < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize(
     ("name", "groupsize"),
     [("int4", 8), ("int4", 72), ("int4", 32), ("int4", 128), ("int4", 256), ("int8dq-int4", 256),
@@ -99,6 +110,19 @@ def test_group_sizes(name, groupsize):
     k = 576 if groupsize > 64 else 203  # 576: SmolLM2's width, 4.5 groups of 128
     check(name, k, 6, 1, FP32, groupsize=groupsize)
     check(name, k, 6, 5, FP32, groupsize=groupsize)
+
+
+@pytest.mark.parametrize("name", ["int4", "int8dq", "int8dq-int4", "float8dq-tensor", "w4a8",
+                                  "int4-sparse24", "fpx-5-2"])  # fmt: skip
+def test_products_that_time_cuda_times(name):
+    """x made ready before: the module's result, to the bit."""
+    from scripts.time_cuda import products
+
+    for dtype in (BF16, FP16):
+        module, *_ = quantized(name, random_weight(18, 100), None, dtype)
+        module.repack()
+        x = torch.randn(3, 100).to(dtype)
+        assert torch.equal(products([module, module], x)[1](), module(x))
 
 
 def test_float_weights():

@@ -9,8 +9,9 @@ import checkpoint as ckpt
 from calibration import InputStatistics
 from errors import UserError
 from gptq import gptq
-from kernels import codebook4, native
+from kernels import codebook4, native, uint
 from kernels.activations import int8_asymmetric
+from kernels.coded import CodedLinear
 from kernels.formats import FORMATS
 from kernels.fpx import FLOAT_FORMATS, float_values
 from kernels.packing import packed_size
@@ -348,6 +349,44 @@ def test_group_of_no_whole_words_uses_the_reference():
 
 
 # Hand-worked cases of the schemes.
+
+
+class Codebook3(CodedLinear):
+    """A table of 8 values, for which there is no C++ product."""
+
+    name, bits, default_groupsize = "codebook3", 3, 64
+
+    def table(self):
+        return torch.tensor([-1.0, -0.6, -0.3, -0.1, 0.1, 0.3, 0.7, 1.0])
+
+
+class Uint8(uint.UintLinear):
+    """Integers of 8 bits, for which there is no C++ product."""
+
+    name, bits = "uint8", 8
+
+
+def unlisted(cls, n, k, dtype=torch.float32):
+    """A module of a format that is not in the registry, random codes."""
+    params = {"scales": torch.rand(n, -(-k // 64)) / 10}
+    if cls.has_zeros:
+        params["zeros"] = torch.randint(0, 2**cls.bits, params["scales"].shape).to(torch.uint8)
+    codes = torch.randint(0, 2**cls.bits, (n, k)).to(torch.uint8)
+    return cls.from_codes(codes, params, torch.randn(n), dtype, groupsize=64)
+
+
+@pytest.mark.parametrize("cls", [Codebook3, Uint8])
+def test_format_without_a_product_runs(cls, capsys):
+    """A new table or width needs no C++: plain PyTorch, said on stderr."""
+    module = unlisted(cls, 18, 300)
+    weight = module.dequantize().double()
+    ckpt.repack(torch.nn.Sequential(module))
+    if native.load():
+        assert f"no kernel for {cls.name}" in capsys.readouterr().err
+    for rows in (1, 20):
+        x = torch.randn(rows, 300)
+        want = x.double() @ weight.t() + module.bias.double()
+        assert (module(x) - want).norm() / want.norm() < 1e-5
 
 
 def test_fp6_values():

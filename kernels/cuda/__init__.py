@@ -1,11 +1,13 @@
-"""The Triton kernels. Imported where there is a CUDA device or Triton's interpreter is on.
+"""The Triton kernels. All but layout.py and weight.py import Triton: choice.load_triton loads them.
 
 layout.py      weights as the kernels read them
+weight.py      a linear layer's weight, what `repack` leaves on a GPU
 tiles.py       device functions: a tile of any format's weights, decoded in registers
+lookup.py      the same of 4-bit codes that are indices into a table
+sparse.py      the same of 2:4 codes
 products.py    the kernels of the linear layer, one template for all formats
 linear.py      block sizes and splits, launches, the operator
 attention.py   attention over the filled part of a cache
 step.py        a whole Transformer on a few tokens
-weight.py      a linear layer's weight, what `repack` leaves on a GPU
 launch.py      a launch as data, to be run or to be compiled without a GPU
 """

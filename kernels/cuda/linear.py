@@ -73,7 +73,7 @@ class Product:
     @property
     def mid(self) -> int:
         """The code of 0 where no zero is stored."""
-        return 2 ** (self.bits - 1) if self.integers else 0
+        return 2 ** (self.bits - 1) if self.kind in ("integer", "sparse") else 0
 
     def constants(self) -> dict:
         """What the template's device functions take."""
@@ -89,11 +89,11 @@ class Product:
         if self.dtype == torch.int8:
             return {"LATE": False, "PAIRS": self.integers and self.bits == 4}
         half = self.dtype in (torch.bfloat16, torch.float16)
-        late = block_m <= LATE_ROWS and whole_slots and (self.integers or g > 0)
+        late = block_m <= LATE_ROWS and whole_slots and (self.integers or (self.laned and g > 0))
         if g == 0:  # nothing to apply late but the base of pairs
             late = late and half
         scaled = g > 0 and self.dtype == torch.bfloat16
-        in_pairs = self.integers or self.kind == "table"
+        in_pairs = self.integers or (self.kind == "table" and self.bits == 4)
         pairs = half and (self.kind == "float" or (in_pairs and (late or scaled)))
         return {"LATE": late, "PAIRS": pairs}
 

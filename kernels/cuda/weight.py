@@ -58,21 +58,29 @@ class TritonWeight(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> Tensor:  # fmt: skip
         """x [..., K], times x_scale [..., 1] afterwards, plus the bias: [..., N] in `dtype`."""
-        dtype = dtype or x.dtype
+        if x_scale is not None:
+            x_scale = x_scale.float().expand(*x.shape[:-1], 1).reshape(-1).contiguous()
+        y = self.product(self.arranged(x), bias, x_scale, dtype or x.dtype)
+        return y.view(*x.shape[:-1], self.n)
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """x [..., K] as `product` takes it: [M, K], or the columns of the 2:4 lanes."""
         flat = x.reshape(-1, x.shape[-1])
-        rows = flat.shape[0]
-        if self.kind == "sparse" and rows < DEQUANTIZE_ROWS:
+        if self.kind == "sparse" and flat.shape[0] < DEQUANTIZE_ROWS:
             flat = sparse_columns(flat)
         if self.exponent == 5 and x.dtype == torch.float16:
             flat = flat.float()  # codes of 5 exponent bits pass fp16's largest number
-        if x_scale is not None:
-            x_scale = x_scale.float().expand(*x.shape[:-1], 1).reshape(-1).contiguous()
-        y = torch.ops.flatllama.triton_linear(
-            flat, self.fours, self.twos, self.ones, self.scales, self.row_scales, self.table,
+        return flat
+
+    def product(
+        self, x: Tensor, bias: Tensor | None, x_scale: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """The result [M, N] in `dtype`; x_scale fp32 [M]."""
+        return torch.ops.flatllama.triton_linear(
+            x, self.fours, self.twos, self.ones, self.scales, self.row_scales, self.table,
             self.arrived, x_scale, bias, self.n, self.k, self.kind, self.bits, self.exponent,
             self.zero, self.groupsize, self.inner, dtype,
         )  # fmt: skip
-        return y.view(*x.shape[:-1], self.n)
 
 
 def float_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
