@@ -1,10 +1,10 @@
 """Autoquant: time the candidates on this device at the shapes of a real run, pick one per layer.
 
 A sample run records which inputs each linear layer gets: how many rows, how often. For every shape
-the candidates are timed in turns, warm, the median taken, over copies of the weight that together
-exceed the caches, because a decode step finds no weight there either. A layer gets the candidate of
-least time, each number of rows weighted by its count. With `min_sqnr` a candidate is out where it
-leaves a layer's outputs with a lower signal-to-noise ratio:
+the candidates are timed in turns, warm, the median taken, over copies of the weight that make up a
+WORKING_SET, because a decode step finds no weight in the caches either (a larger L3 asks for more).
+A layer gets the candidate of least time, each number of rows weighted by its count. With `min_sqnr`
+a candidate is out where it leaves a layer's outputs with a lower signal-to-noise ratio:
 
     SQNR = 20 log10(|y| / |y - y_hat|) dB      on a sample of the layer's own inputs
 
@@ -186,7 +186,7 @@ def time_candidates(
     for count in sorted(rows):
         x = torch.randn(count, linear.in_features).to(linear.weight)
         # Many rows compute longer than they read: the caches matter less, fewer copies do.
-        most = max(2, 256 // count)
+        most = max(2, 256 // count) if count > 1 else None
         passes = {c: timed_pass(modules[:most], x) for c, modules in sets.items()}
         for run in passes.values():
             run(), run()
@@ -263,6 +263,9 @@ def read_or_make_plan(
     """
     if path and path.exists():
         plan = Plan.load(path)
+        if plan.device != (kind := torch.device(device).type):
+            raise UserError(f"{path} was timed on {plan.device}, not {kind}: remove it, or take "
+                            f"--device {plan.device}")  # fmt: skip
         if set(plan.layers) != set(names):
             raise UserError(f"{path} is a plan for other layers than those of {source.path}")
         if plan.candidates != candidates or min_sqnr not in (None, plan.min_sqnr):

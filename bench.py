@@ -13,6 +13,7 @@ mode's alone, and a drift of the machine hits all alike. A figure is the median 
 import argparse
 import filecmp
 import json
+import os
 import platform
 import shutil
 import statistics
@@ -30,10 +31,20 @@ import bench_serving
 import bench_start
 from bench_report import Row, check_plot, plot, table
 from checkpoint import Checkpoint, open_checkpoint
-from engine import COMPILE_MODES
-from errors import UserError, check_device, check_outputs, check_threads, cli, progress, write_json
+from engine import COMPILE_MODE, COMPILE_MODES
+from errors import (
+    Parser,
+    UserError,
+    check_device,
+    check_outputs,
+    check_threads,
+    cli,
+    progress,
+    write_json,
+)
+from generate import add_cache_argument
 from kernels.choice import KERNELS
-from model import CONFIGS, KV_CACHES
+from model import CONFIGS
 from modes import FLOAT_MODES, Mode, head_mode, mode_names, parse_grouped, parse_mode
 from quantize import default_output
 
@@ -157,9 +168,9 @@ def modified(checkpoint: Checkpoint) -> float:
 
 
 def code_modified() -> float:
-    """When the newest Python file of the project was written, tests and scripts left out."""
-    files = [*HERE.glob("*.py"), *HERE.glob("kernels/**/*.py")]
-    return max(path.stat().st_mtime for path in files)
+    """When the newest source file of the project was written, tests and scripts left out."""
+    kernels = [p for p in (HERE / "kernels").rglob("*") if p.suffix in (".py", ".cpp", ".h")]
+    return max(path.stat().st_mtime for path in [*HERE.glob("*.py"), *kernels])
 
 
 def checkpoint_entry(source: Checkpoint, mode: Mode, folder: Path, device: str) -> Entry:
@@ -206,18 +217,21 @@ def score(entries: list[Entry], flags: list[str], folder: Path) -> None:
 def perplexity(entry: Entry, flags: list[str], kept: Path) -> float:
     """What eval.py finds, or found: `kept` holds its figures and flags from an earlier run.
 
-    They are taken if the flags are the same and neither checkpoint, text nor code is newer.
+    They are taken if the flags, and the variables that choose kernels, are the same, and neither
+    checkpoint, text nor code is newer.
     """
     flags = [*entry.flags, *flags]
+    variables = {k: v for k, v in sorted(os.environ.items()) if k.startswith("FLATLLAMA_")}
+    made_with = {"flags": flags, "variables": variables}
     checkpoint = open_checkpoint(Path(flags[flags.index("--checkpoint_path") + 1]))
     text = Path(flags[flags.index("--text") + 1])
     changed = max(modified(checkpoint), text.stat().st_mtime, code_modified())
     if kept.exists() and kept.stat().st_mtime > changed:
         earlier = json.loads(kept.read_text())
-        if earlier.get("flags") == flags:
+        if {name: earlier.get(name) for name in made_with} == made_with:
             return earlier["perplexity"]
     figures = run_script("eval.py", flags)
-    write_json(kept, {"flags": flags, **figures})
+    write_json(kept, {**made_with, **figures})
     return figures["perplexity"]
 
 
@@ -247,10 +261,9 @@ def make_rows(entries: list[Entry], read_bandwidth: float) -> list[Row]:
 
 def parse_args() -> argparse.Namespace:
     """The command line of the table."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Measure many modes in one run. Other measurements: bench.py throughput, "
-        "latency, position or start, each with a --help of its own.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "latency, position or start, each with a --help of its own."
     )
     add = parser.add_argument
     add("--checkpoint_path", type=Path, help="a Hugging Face directory; default: the default model")
@@ -263,16 +276,17 @@ def parse_args() -> argparse.Namespace:
     add("--text", type=Path, help="text to measure perplexity on; default: no perplexity")
     add("--seq_length", type=int, default=2048, help="tokens of a perplexity window")
     add("--limit", type=int, help="perplexity windows; default: all")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--threads", type=int, help="CPU threads; default: torch's, one per core")
     add("--exact_activations", action="store_true",
         help="CPU: weight-only kernels do not round activations")  # fmt: skip
     add("--kernels", choices=KERNELS, default="auto", help="see generate.py")
     add("--prompt", type=int, default=64, metavar="N", help="tokens of the synthetic prompt")
-    add("--max_new_tokens", type=int, default=128)
-    add("--kv_cache", choices=KV_CACHES, default="bf16")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True)
-    add("--compile_mode", default="reduce-overhead", choices=COMPILE_MODES)
+    add("--max_new_tokens", type=int, default=128, help="that are timed")
+    add_cache_argument(parser)
+    add("--compile", action=argparse.BooleanOptionalAction, default=True,
+        help="compile the steps; default: yes")  # fmt: skip
+    add("--compile_mode", default=COMPILE_MODE, choices=COMPILE_MODES, help="see generate.py")
     add("--repeats", type=int, default=3, help="turns; a figure is their median")
     add("--time_limit", type=float, metavar="SECONDS",
         help="a turn that takes longer counts as failed; default: none")  # fmt: skip

@@ -21,6 +21,7 @@ from bench_report import check_plot, markdown, pyplot, save
 from checkpoint import open_checkpoint
 from engine import (
     BUCKETS,
+    COMPILE_MODE,
     COMPILE_MODES,
     Engine,
     Sampling,
@@ -28,10 +29,10 @@ from engine import (
     compiled_graphs,
     configure_compiler,
 )
-from errors import UserError, check_outputs, progress, write_json
-from generate import add_model_arguments, load
+from errors import Parser, UserError, check_outputs, check_seed, progress, write_json
+from generate import add_cache_argument, add_model_arguments, load
 from measure import device_name, peak_memory, reset_peak_memory, spread, step_bytes
-from model import CONFIGS, KV_CACHES, Transformer
+from model import CONFIGS, Transformer
 
 GREEDY = Sampling(temperature=0)
 WARM_STEPS = 3  # of every timed run, on top of the warm-up that compiles
@@ -226,30 +227,32 @@ def integers(text: str) -> list[int]:
 
 def parse_args(kind: str, argv: list[str]) -> argparse.Namespace:
     """The command line of one `kind`."""
-    parser = argparse.ArgumentParser(
-        prog=f"bench.py {kind}", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(prog=f"bench.py {kind}")
     add = parser.add_argument
     add_model_arguments(parser)
     add("--random_weights", choices=list(CONFIGS), metavar="NAME", help="true shapes, no files")
-    add("--kv_cache", choices=KV_CACHES, default="bf16")
+    add_cache_argument(parser)
     if kind != "latency":  # whose policies say it
-        add("--compile", action=argparse.BooleanOptionalAction, default=True)
-    add("--compile_mode", default="reduce-overhead", choices=COMPILE_MODES)
-    add("--seed", type=int, default=0)
+        add("--compile", action=argparse.BooleanOptionalAction, default=True,
+        help="compile the steps; default: yes")  # fmt: skip
+    add("--compile_mode", default=COMPILE_MODE, choices=COMPILE_MODES, help="see generate.py")
+    add("--seed", type=int, default=0, help="of the random prompts")
     if kind == "throughput":
-        add("--batch_sizes", type=integers, default=[1, 2, 4, 8, 16, 32, 64])
-        add("--prompt_tokens", type=int, default=64)
+        sizes = "1,2,4,8,16,32,64"
+        add("--batch_sizes", type=integers, default=sizes, help="comma-separated")
+        add("--prompt_tokens", type=int, default=64, help="of each row")
     if kind == "latency":
-        add("--requests", type=int, default=40)
-        add("--max_prompt_tokens", type=int, default=512)
-        add("--policies", type=lambda text: text.split(","), default=list(POLICIES))
+        add("--requests", type=int, default=40, help="one after another, for each policy")
+        add("--max_prompt_tokens", type=int, default=512, help="of the longest request")
+        add("--policies", type=lambda text: text.split(","), default=",".join(POLICIES),
+            help="comma-separated: how prompts are padded, see the README")  # fmt: skip
     if kind == "position":
         add("--positions", type=int, default=8192, help="cache slots")
         add("--points", type=int, default=16, help="positions at which is measured")
         add("--steps", type=int, default=50, help="timed at each of them")
     else:
-        add("--max_new_tokens", type=int, default=64)
+        most = " at most" if kind == "latency" else ""
+        add("--max_new_tokens", type=int, default=64, help=f"of each row{most}")
     add("--json", type=Path, help="write the rows here")
     add("--plot", type=Path, metavar="FILE", help="draw the rows: a .png, .pdf or .svg file")
     args = parser.parse_args(argv)
@@ -257,8 +260,7 @@ def parse_args(kind: str, argv: list[str]) -> argparse.Namespace:
     numbers = [v for name, v in vars(args).items() if type(v) is int and name not in others]
     if min([*numbers, *getattr(args, "batch_sizes", [])]) < 1:
         raise UserError("sizes and counts must be at least 1")
-    if not -(2**63) <= args.seed < 2**63:
-        raise UserError(f"--seed {args.seed}: takes 64 bits")
+    check_seed(args.seed)
     if kind == "latency" and args.max_new_tokens < 2:
         raise UserError("--max_new_tokens must be at least 2: the steps between tokens are timed")
     if unknown := set(getattr(args, "policies", ())) - set(POLICIES):

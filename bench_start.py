@@ -20,7 +20,7 @@ import torch
 
 from bench_report import markdown
 from checkpoint import open_checkpoint
-from errors import UserError, check_outputs, check_threads, progress, write_json
+from errors import Parser, UserError, check_outputs, check_threads, progress, write_json
 from measure import device_name
 
 PROMPT = "Once upon a time"
@@ -65,14 +65,12 @@ def measure(flags: list[str], package: Path, repeats: int) -> dict[str, list[flo
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The command line of `bench.py start`."""
-    parser = argparse.ArgumentParser(
-        prog="bench.py start", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(prog="bench.py start")
     add = parser.add_argument
     add("--package", type=Path, required=True, metavar="FILE.pt2", help="of scripts/export.py")
     add("--checkpoint_path", type=Path, help="a file of quantize.py or a Hugging Face directory; "
         "default: the default model")  # fmt: skip
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--threads", type=int, help="CPU threads; default: torch's, one per core")
     add("--repeats", type=int, default=3, help="turns; a figure is their median")
     add("--json", type=Path, help="write the rows here")

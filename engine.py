@@ -2,8 +2,8 @@
 
 A step goes from the embedding to the sampled token in one compiled graph of static shapes, so
 after warm-up nothing recompiles whatever the prompts' lengths: prompts run in chunks of a few
-bucket sizes, and positions are tensors. The host never waits inside the loop: it reads a step's
-token while the next step runs.
+bucket sizes, and positions are tensors. On a GPU the host never waits inside the loop: it reads a
+step's token while the next step runs.
 """
 
 import math
@@ -22,6 +22,7 @@ from model import Transformer
 
 BUCKETS = (64, 128, 256, 512)  # a prompt runs in chunks of these sizes, padded on the right
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+COMPILE_MODE = "reduce-overhead"  # what the command lines take by default
 GRAPH_MODES = ("reduce-overhead", "max-autotune")  # that capture a CUDA graph
 
 
@@ -245,12 +246,13 @@ class Engine:
         """`step` through torch.compile, if that is asked for and pays.
 
         On so few rows that the model is one operator there is nothing to fuse, and Dynamo's guards
-        and wrappers would add a quarter of a millisecond.
+        and wrappers would add a quarter of a millisecond. With a step of Triton kernels, torch's
+        limit of recompilations is lifted for the whole process.
         """
         if self.compile_mode is None or self.model.fused(rows):
             return step
         self.compiled.append(name)
-        if self.model.step_number is not None:  # of which every engine has another
+        if self.model.step_number is not None:  # a constant of the graph, another in each engine
             torch._dynamo.config.recompile_limit = 2**20
         return torch.compile(step, mode=self.compile_mode, fullgraph=True, dynamic=False)
 

@@ -1,5 +1,6 @@
 """What the command lines share: a mistake is one line and exit code 2; progress; writing JSON."""
 
+import argparse
 import io
 import json
 import math
@@ -11,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import torch
 
@@ -23,6 +24,25 @@ class UserError(Exception):
     """A mistake the user can mend. The message says in one line what is wrong and what to do."""
 
 
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes take one line, and whose --help shows the defaults."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=HelpFormatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds a flag's default to its text, but for switches and where the text says it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        silent = action.default in (None, argparse.SUPPRESS) or isinstance(action.default, bool)
+        said = "default:" in action.help
+        return action.help if silent or said else f"{action.help}; default: %(default)s"
+
+
 def check_device(device: str) -> None:
     """A UserError, with the devices there are, if `device` is not one of them."""
     kinds = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -31,10 +51,16 @@ def check_device(device: str) -> None:
 
 
 def check_threads(threads: int | None) -> None:
-    """A UserError for more than there are processors, of which too many crash OpenMP, or none."""
+    """A UserError unless there are 1 to as many as processors: far more crash OpenMP."""
     most = os.cpu_count() or 1
     if threads is not None and not 1 <= threads <= most:
         raise UserError(f"--threads {threads}: take 1 to {most}, this machine's processors")
+
+
+def check_seed(seed: int) -> None:
+    """A UserError for a seed that torch's generators do not take."""
+    if not -(2**63) <= seed < 2**63:
+        raise UserError(f"--seed {seed}: takes 64 bits")
 
 
 def progress(text: str) -> None:
@@ -48,10 +74,10 @@ def progress(text: str) -> None:
 def check_outputs(
     *paths: Path | None, replaced: Path | None = None, inputs: Iterable[Path | None] = ()
 ) -> None:
-    """A UserError, before the work begins, if a file cannot be written at one of the paths.
+    """A UserError, before the work begins, if a file cannot be written at one of the paths, or if
+    that would overwrite another output, one of the `inputs`, or what is no plain file.
 
-    Or if that would overwrite another output, one of the `inputs`, or anything but a plain file;
-    /dev/null may be written to, but not be `replaced`, as an output that is renamed into its place.
+    `replaced` is an output that is renamed into its place, which /dev/null must not be.
     """
     taken = {path.resolve() for path in inputs if path}
     for path in (replaced, *paths):

@@ -26,9 +26,9 @@ from torch import Tensor
 from calibration import BUNDLED
 from checkpoint import load_model, open_checkpoint
 from engine import configure_compiler
-from errors import UserError, check_outputs, cli, progress, write_json
-from generate import add_model_arguments, load, open_tokenizer
-from model import KV_CACHES, Transformer
+from errors import Parser, UserError, check_outputs, cli, progress, write_json
+from generate import add_cache_argument, add_model_arguments, load, open_tokenizer
+from model import Transformer
 from modes import FLOAT_MODES
 from scorer import ROWS, Scorer
 from tokenizer import Tokenizer
@@ -187,10 +187,7 @@ def run_tasks(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Perplexity, divergence from a reference, lm_eval tasks.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(description="Perplexity, divergence from a reference, lm_eval tasks.")
     add = parser.add_argument
     add_model_arguments(parser)
     add("--text", type=Path, help="plain text to score; default: the project's own")
@@ -206,7 +203,7 @@ def parse_args() -> argparse.Namespace:
     add("--num_fewshot", type=int, help="examples in the context of a task; default: the task's")
     add("--batch_size", type=int, help="sequences that run together in tasks; default: 8")
     add("--max_length", type=int, help="context in tasks, in tokens; default: the model's")
-    add("--kv_cache", choices=KV_CACHES, default="bf16")
+    add_cache_argument(parser)
     add("--compile", action="store_true", help="compile the forward pass")
     add("--json", type=Path, help="write the figures here")
     return parser.parse_args()

@@ -19,6 +19,7 @@ from backends import check_layers, choose_kernels, use_device
 from chat import Streamer, chat, render_chat
 from checkpoint import load_model, open_checkpoint
 from engine import (
+    COMPILE_MODE,
     COMPILE_MODES,
     Engine,
     Result,
@@ -28,8 +29,10 @@ from engine import (
     skipped_graphs,
 )
 from errors import (
+    Parser,
     UserError,
     check_outputs,
+    check_seed,
     check_threads,
     cli,
     first_rank,
@@ -58,6 +61,7 @@ from random_weights import random_model
 from speculative import SpeculativeEngine
 
 DRAFT_K, LOOKUP_K = 5, 7
+PROMPT = "Hello, my name is"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,14 +71,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "default: the default model")  # fmt: skip
     add("--quantization", metavar="MODE", help="quantize on load (modes that need no calibration)")
     add("--groupsize", type=int, help="with --quantization; default: the format's")
-    add("--precision", choices=FLOAT_MODES, help="of the activations; default: the checkpoint's")
+    add("--precision", choices=FLOAT_MODES,
+        help="type of activations and unquantized weights; default: the checkpoint's")  # fmt: skip
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--threads", type=int, help="CPU threads; default: torch's, one per core")
     add("--kernels", choices=KERNELS, default="auto", help="auto: ours, C++ on the CPU and Triton "
-        "on a GPU; triton; triton-pdl: they overlap (sm_90); inductor: plain PyTorch forms; aten: "
-        "ATen's own int4 and int8 products on a GPU")  # fmt: skip
+        "on a GPU; triton; triton-pdl: Triton with programmatic dependent launch (sm_90); "
+        "inductor: plain PyTorch forms; aten: ATen's int4 and int8 products on a GPU")  # fmt: skip
     add("--exact_activations", action="store_true",
         help="CPU: weight-only kernels do not round activations")  # fmt: skip
+
+
+def add_cache_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag of the cache's type, which every script that makes a cache shares."""
+    parser.add_argument("--kv_cache", choices=KV_CACHES, default="bf16",
+        help="bf16 is the model's own type; int8 with a scale per token and head")  # fmt: skip
 
 
 def asked_for(args: argparse.Namespace) -> tuple[torch.dtype | None, Mode | None]:
@@ -223,48 +234,41 @@ def print_report(figures: dict) -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Generate text and measure it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(description="Generate text and measure it.")
     add = parser.add_argument
-    add("--prompt", default="Hello, my name is",
-        help="text, or an integer for a synthetic prompt of that length")  # fmt: skip
+    add("--prompt", help="text, or an integer for a synthetic prompt of that length; "
+        f"default: {PROMPT!r}")  # fmt: skip
     add("--prompts", type=Path, metavar="FILE",
-        help="one prompt a line, or JSONL of {'prompt': text}: all in one batch")  # fmt: skip
-    add("--interactive", action="store_true", help="chat through the model's own template")
-    add("--num_samples", type=int, default=1)
-    add("--max_new_tokens", type=int, default=200)
+        help='one prompt a line, or JSONL of {"prompt": "..."}: all in one batch')  # fmt: skip
+    add("--interactive", action="store_true",
+        help="chat through the model's own template; an empty line or Ctrl-D ends it")  # fmt: skip
+    add("--num_samples", type=int, default=1, help="texts, one after another")
+    add("--max_new_tokens", type=int, default=200, help="of each text, or reply")
     add("--batch_size", type=int, default=1,
         help="copies of the prompt run together; the first one's text is printed")  # fmt: skip
-    add("--top_k", type=int, default=200, help="0: all tokens")
-    add("--top_p", type=float, default=1.0)
-    add("--min_p", type=float, default=0.0)
+    add("--top_k", type=int, default=200, help="sample from the k likeliest tokens; 0: all")
+    add("--top_p", type=float, default=1.0, help="sample from the likeliest, together this likely")
+    add(
+        "--min_p", type=float, default=0.0, help="leave out tokens below this part of the likeliest"
+    )
     add("--temperature", type=float, default=0.8, help="0: greedy")
-    add("--seed", type=int, default=1234)
+    add("--seed", type=int, default=1234, help="of the sampling")
     add_model_arguments(parser)
-    add(
-        "--compile",
-        action="store_true",
-        help="compile the decode step, unless it is one operator already",
-    )
-    add(
-        "--compile_mode",
-        default="reduce-overhead",
-        choices=COMPILE_MODES,
-    )
+    add("--compile", action="store_true",
+        help="compile the decode step, unless it is one operator already")  # fmt: skip
+    add("--compile_mode", choices=COMPILE_MODES,
+        help=f"torch.compile's mode of the decode step; default: {COMPILE_MODE}")  # fmt: skip
     add("--package", type=Path, metavar="FILE.pt2",
         help="run the steps that scripts/export.py compiled, and compile nothing")  # fmt: skip
     add("--compile_prefill", action="store_true", help="compile the prefill of each bucket too")
-    add(
-        "--draft_checkpoint_path", type=Path, help="speculate: a smaller or quantized model guesses"
-    )
+    add("--draft_checkpoint_path", type=Path,
+        help="speculate: a smaller or quantized model guesses")  # fmt: skip
     add("--prompt_lookup", action="store_true",
         help="speculate: the text so far guesses, no draft model needed")  # fmt: skip
     add("--speculate_k", type=int, metavar="K",
         help=f"guesses a round; default: {DRAFT_K} of a draft, {LOOKUP_K} looked up")  # fmt: skip
     add("--profile", type=Path, help="write a Chrome trace of one sample's decoding here")
-    add("--kv_cache", choices=KV_CACHES, default="bf16")
+    add_cache_argument(parser)
     add("--cache_size", type=int, help="cache slots; default: prompt + new tokens (chat: 2048)")
     add("--random_weights", choices=list(CONFIGS), metavar="NAME",
         help=f"true shapes, random weights, no files: {', '.join(CONFIGS)}")  # fmt: skip
@@ -337,14 +341,16 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--num_samples, --batch_size and --max_new_tokens must be at least 1")
     if args.cache_size is not None and args.cache_size < 1:
         raise UserError(f"--cache_size {args.cache_size}: must be at least 1")
-    if not -(2**63) <= args.seed < 2**63:
-        raise UserError(f"--seed {args.seed}: takes 64 bits")
+    check_seed(args.seed)
     if args.prompts and args.batch_size > 1:
         raise UserError("--prompts is a batch of its own: leave --batch_size out")
-    if args.compile_prefill and not args.compile:
-        raise UserError("--compile_prefill goes with --compile")
+    if not args.compile and (args.compile_prefill or args.compile_mode):
+        name = "compile_prefill" if args.compile_prefill else "compile_mode"
+        raise UserError(f"--{name} goes with --compile")
+    if args.prompts and args.prompt is not None:
+        raise UserError("--prompt and --prompts: take one of them")
     if args.interactive:
-        others = ("json", "profile", "prompts", "num_samples", "batch_size")
+        others = ("json", "profile", "prompt", "prompts", "num_samples", "batch_size")
         if given := [name for name in others if getattr(args, name) not in (None, 1)]:
             raise UserError(f"--interactive is one conversation: leave --{given[0]} out")
         if args.ignore_eos:
@@ -370,6 +376,8 @@ def main() -> None:
     """Load the model, warm up, generate, report."""
     args = parse_args()
     check(args)
+    args.prompt = PROMPT if args.prompt is None else args.prompt
+    args.compile_mode = args.compile_mode or COMPILE_MODE
     texts = read_prompts(args.prompts) if args.prompts else [args.prompt] * args.batch_size
     model, mode, directory = load(args, args.random_weights)
     package = Package(args.package) if args.package else None

@@ -9,7 +9,7 @@ free, so as to minimize tr((W - Q) H (W - Q)^T):
 The scales are fixed before the first update ("static groups"), chosen by a clip search in the
 metric of H; then the columns can go in order of falling H_ii ("act-order"), and nothing needs to be
 stored of that order. Two cheap steps afterwards, repeated, lower the same error further: the scales
-refitted to the codes by least squares, and each code rounded anew given all the others.
+refitted to the codes by least squares (int4), and each code rounded anew given all the others.
 Written against a format's grid: it serves every format.
 """
 
@@ -58,8 +58,8 @@ def fit_clipped(
 ) -> Params:
     """The grid's params for w [N, K] fp32, the range of each group shrunk to fit it best.
 
-    Tried are `steps` factors from 1 down towards `lowest`; the error of a group's rounding error e
-    is e H_gg e^T, H_gg its block of the Hessian. Chosen for each row and group. Entries [N, G].
+    Tries `steps` factors from 1 down towards `lowest` and keeps, for each row and group, the one of
+    the least error e H_gg e^T, e the rounding error [g], H_gg the group's block of H.
     """
     groups = w.split(grid.groupsize, 1)
     best: Params = {}

@@ -177,7 +177,8 @@ def list_modes() -> str:
     for name, cls in FORMATS.items():
         with torch.device("meta"):
             layer = cls(4096, 4096)
-        bits, group = layer.weight_bytes() * 8 / 4096**2, cls.default_groupsize or "row"
+        bits = layer.weight_bytes() * 8 / 4096**2
+        group = cls.default_groupsize or ("tensor" if "scales" in cls.shared else "row")
         inputs = "8-bit" if layer.quantize_input else "-"
         pairs = [refusal(name, a) for a in ALGORITHMS]
         cells = "".join(f"{'-' if reason else 'yes':<9}" for reason in pairs)

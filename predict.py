@@ -8,7 +8,6 @@ step reads its rank's weights at EFFICIENCY of the memory's peak, and waits LATE
 collective besides the time of its bytes on the links. Neither constant has been measured here.
 """
 
-import argparse
 import functools
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import torch
 
 from checkpoint import build_model
 from engine import BUCKETS
-from errors import UserError, cli
+from errors import Parser, UserError, cli
 from kernels.formats import FORMATS
 from model import CONFIGS, KV_CACHES, ModelConfig
 from modes import FLOAT_MODES, head_mode, parse_mode
@@ -87,39 +86,44 @@ def memory_bytes(
     return {**parts, "total": sum(parts.values())}
 
 
-def communication(config: ModelConfig, ranks: int, itemsize: int = 2) -> dict[str, float]:
+def communication(
+    config: ModelConfig, ranks: int, gathered: bool = False, itemsize: int = 2
+) -> tuple[int, float]:
     """Collectives per token, and bytes that each rank sends for them (ring algorithms).
 
     All-reduces of C numbers after the embedding, wo and w2; one all-gather of the logits. Formats
-    that quantize activations gather instead: the inputs of wo and w2, and their outputs.
+    that quantize activations have the inputs and the outputs of wo and w2 `gathered` instead.
     """
     share = (ranks - 1) / ranks
-    reduces = 2 * config.n_layers + 1
     reduced = 2 * share * config.dim * itemsize
-    logits = share * config.vocab_size * itemsize
+    ends = reduced + share * config.vocab_size * itemsize  # of the embedding and of the head
+    if not gathered:
+        return 2 * config.n_layers + 2, ends + 2 * config.n_layers * reduced
     width = config.n_heads * config.head_dim + config.ffn_dim + 2 * config.dim
-    gathered = share * width * itemsize * config.n_layers
-    return {
-        "collectives": reduces + 1,
-        "bytes": reduces * reduced + logits,
-        "gathered_collectives": 4 * config.n_layers + 2,
-        "gathered_bytes": gathered + reduced + logits,
-    }
+    return 4 * config.n_layers + 2, ends + config.n_layers * share * width * itemsize
 
 
-def predict(config: ModelConfig, mode: str, device: Device, ranks: int) -> float | None:
+def gathers(mode: str) -> bool:
+    """Whether inputs are gathered, not results summed: the format quantizes activations."""
+    name = parse_mode(mode).format
+    return name in FORMATS and FORMATS[name].quantize_input is not None
+
+
+def predict(
+    config: ModelConfig, mode: str, device: Device, ranks: int, groupsize: int | None = None
+) -> float | None:
     """Tokens per second at batch 1 and a short context; None where the weights do not fit."""
-    total, read = weight_bytes(config, mode)
+    total, read = weight_bytes(config, mode, groupsize)
     if total / ranks > 0.9 * device.memory or config.n_kv_heads % ranks:
         return None
-    talk = communication(config, ranks)
     step = read / ranks / (device.bandwidth * EFFICIENCY)
     if ranks > 1:
-        step += talk["collectives"] * LATENCY_S + talk["bytes"] / device.link
+        collectives, sent = communication(config, ranks, gathers(mode))
+        step += collectives * LATENCY_S + sent / device.link
     return 1 / step
 
 
-def prediction_table(mode: str) -> str:
+def prediction_table(mode: str, groupsize: int | None = None) -> str:
     """Markdown: tokens/s of 8B, 70B and 405B on 1 to 8 devices."""
     names = ("llama-3.1-8b", "llama-3-70b", "llama-3.1-405b")
     lines = ["| model, " + mode + " | collectives a token | KB sent a token (8) | "
@@ -127,11 +131,11 @@ def prediction_table(mode: str) -> str:
     lines.append("|---|" + "---:|" * (2 + 4 * len(DEVICES)))
     for name in names:
         config = CONFIGS[name]
-        talk = communication(config, 8)
-        cells = [str(talk["collectives"]), f"{talk['bytes'] / 1e3:.0f}"]
+        collectives, sent = communication(config, 8, gathers(mode))
+        cells = [str(collectives), f"{sent / 1e3:.0f}"]
         for device in DEVICES.values():
             for ranks in (1, 2, 4, 8):
-                speed = predict(config, mode, device, ranks)
+                speed = predict(config, mode, device, ranks, groupsize)
                 cells.append("-" if speed is None else f"{speed:.0f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -139,13 +143,14 @@ def prediction_table(mode: str) -> str:
 
 def main() -> None:
     """Print what the command line asks to predict."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description="Compute the memory of a context and the speed of many devices.")
     add = parser.add_argument
-    add("--model", choices=list(CONFIGS), default="llama-3.1-8b")
-    add("--mode", default="int4")
-    add("--groupsize", type=int)
-    add("--kv_cache", choices=list(KV_CACHES), default="int8")
-    add("--positions", type=int, default=131072)
+    add("--model", choices=list(CONFIGS), default="llama-3.1-8b", metavar="NAME",
+        help=f"the shape: {', '.join(CONFIGS)}; default: llama-3.1-8b")  # fmt: skip
+    add("--mode", default="int4", help="of the weights, see quantize.py --list")
+    add("--groupsize", type=int, help="columns that share a scale; default: the format's")
+    add("--kv_cache", choices=list(KV_CACHES), default="int8", help="type of keys and values")
+    add("--positions", type=int, default=131072, help="cache slots")
     args = parser.parse_args()
     config = CONFIGS[args.model]
     if not 1 <= args.positions <= config.max_positions:
@@ -156,8 +161,8 @@ def main() -> None:
         print(f"  {name:<12}{size / 1e9:8.3f} GB")
     print(f"\npredicted tokens/s, batch 1, assuming {EFFICIENCY:.0%} of the memory's peak bandwidth"
           f" and {LATENCY_S * 1e6:.0f} us a collective\n")  # fmt: skip
-    modes = dict.fromkeys(("bf16", "int4", args.mode))
-    print("\n\n".join(map(prediction_table, modes)))
+    tables = {"bf16": None, "int4": None, args.mode: args.groupsize}
+    print("\n\n".join(prediction_table(mode, size) for mode, size in tables.items()))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,16 @@ from autoquant import make_plan, read_or_make_plan
 from backends import use_device
 from calibration import LAYERS, CalibrationStream, InputStatistics, calibration_tokens
 from engine import Engine, Sampling
-from errors import UserError, check_outputs, cli, processes, progress, write_json
+from errors import (
+    Parser,
+    UserError,
+    check_outputs,
+    check_seed,
+    cli,
+    processes,
+    progress,
+    write_json,
+)
 from gptq import check_options
 from kernels.formats import FORMATS
 from measure import peak_memory
@@ -52,8 +61,10 @@ def quantize_(
     """Quantize, in place, every nn.Linear of any model, except those whose name `skip` picks.
 
     The model has to call its layers: one that reads their `weight` itself cannot be quantized. A
-    layer that stands in several places is quantized once. The float modes convert all of it. An
-    Engine goes on with the new layers if it is its Transformer, or what holds that, that is given.
+    layer registered under several names is quantized once. The modes bf16, fp16 and fp32 convert
+    the whole model. An Engine goes on with the new layers if its Transformer, or a module that
+    holds it, is given. The command line gives the LM head int8 whatever the mode is; here it is a
+    layer like the others: skip it, and quantize it by itself, for the same.
 
     Args:
         mode: as on the command line, "int4-gptq" for example.
@@ -272,7 +283,7 @@ CHOICE = {"min_sqnr": None, "plan": None, "seed": 0}  # autoquant's
 
 def parse_args() -> argparse.Namespace:
     """The command line; None where a flag of CALIBRATION, GPTQ or CHOICE is not given."""
-    parser = argparse.ArgumentParser(description="Write a quantized checkpoint.")
+    parser = Parser(description="Write a quantized checkpoint.")
     add = parser.add_argument
     add("--mode", default="int8", help="<format>[-<algorithm>]; --list shows them; default: int8")
     add("--groupsize", type=int, help="columns that share a scale; default: the format's")
@@ -280,7 +291,7 @@ def parse_args() -> argparse.Namespace:
         help="format of the LM head; default: int8, or what autoquant chooses")  # fmt: skip
     add("--checkpoint_path", type=Path, help="a Hugging Face directory; default: the default model")
     add("--output", type=Path, help="file to write; default: model_<mode>... beside the source")
-    add("--device", default="cpu", help="default: cpu")
+    add("--device", help="default: cpu; of autoquant a GPU, if there is one")
     add("--calibration", help="bundled, self, or a text file; default: bundled")
     add("--calibration_samples", type=int, help="default: 24")
     add("--calibration_seq_length", type=int, help="tokens of a sample; default: 1024")
@@ -290,11 +301,12 @@ def parse_args() -> argparse.Namespace:
     add("--act_order", action=argparse.BooleanOptionalAction,
         help="GPTQ: columns of large inputs first; default: yes")  # fmt: skip
     add("--refinements", type=int,
-        help="GPTQ: rounds of refitted grids after its pass; default: 2")  # fmt: skip
-    add("--alpha", type=float, help="of SmoothQuant, 0 to 1; default: searched for each layer")
+        help="GPTQ: rounds that improve codes, and int4's scales; default: 2")  # fmt: skip
+    add("--alpha", type=float, help="SmoothQuant's, 0 to 1; default: searched for each layer")
     add("--min_sqnr", type=float, help="autoquant: signal-to-noise ratio that a layer keeps, in dB")
     add("--plan", type=Path, help="autoquant: JSON of timings and choices, reused if it exists")
-    add("--seed", type=int, help="of the choice of calibration samples; default: 0")
+    add("--seed", type=int, help="of calibration samples, --calibration self and "
+        "autoquant's prompt; default: 0")  # fmt: skip
     add("--json", type=Path, help="write a report here")
     add("--list", action="store_true", help="print formats, algorithms and modes, and stop")
     return parser.parse_args()
@@ -373,13 +385,15 @@ def main() -> None:
     begin = time.perf_counter()
     mode = parse_mode(args.mode, args.groupsize)
     fill_in(args, mode)
-    if not -(2**63) <= args.seed < 2**63:
-        raise UserError(f"--seed {args.seed}: takes 64 bits")
+    check_seed(args.seed)
     if args.min_sqnr is not None and not math.isfinite(args.min_sqnr):
         raise UserError(f"--min_sqnr {args.min_sqnr}: give a finite number of dB")
     source = ckpt.open_checkpoint(args.checkpoint_path)
     if source.header:
         raise UserError(f"{source.path} is quantized already: give the source model's directory")
+    if args.device is None:
+        gpu = mode.format in AUTOQUANT and torch.cuda.is_available()
+        args.device = "cuda" if gpu else "cpu"
     use_device(args.device)
     output = args.output or default_output(source, mode)
     text = None if args.calibration in ("bundled", "self") else Path(args.calibration)

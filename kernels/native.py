@@ -72,13 +72,22 @@ def serves(x: Tensor) -> bool:
 def exact_activations(flag: bool | None = None) -> bool:
     """Whether weight-only products use activations as they are; `flag` sets it.
 
-    By default int4 products round activations to int8 in blocks of 64 columns (the largest divisor
-    of the group size up to 64), each with its own fp32 scale; not 256 and more rows with AMX. To 16
-    bits in blocks of at most 64, of bf16 and fp16: from AVX2 on int8, and uint-n (more than 16 rows
-    with AVX-512), with AVX-512 int4-sparse24; up to 16 rows, in the operator of the whole model
-    with AVX-512 up to 128, with VNNI codebook4, with VBMI fpx-2-M and fpx-3-M up to 6 bits (of 4
-    with VNNI), but of bf16 on AVX-512 BF16 only 2 rows of these. With AMX, in bf16, up to 16 rows
-    of all, in that operator 128 of int8 and 31 of uint-n.
+    By default these round x in blocks of at most 64 columns (the largest divisor of the group size
+    up to 64), each with a scale of its own:
+
+        format                        rounded to   from level on   rows of x
+        int4                          int8         any             all (a)
+        int8                          16 bits      avx2            all (b)
+        uint1 .. uint7                16 bits      avx2            16; with AVX-512 all (c)
+        int4-sparse24                 16 bits      avx512          all (d)
+        codebook4                     16 bits      avxvnni         16 (d, e)
+        fpx-2-M, fpx-3-M of 4 bits    16 bits      avxvnni         16 (d, e, f)
+            the same of 5 and 6 bits  16 bits      avx512vbmi      16 (d, e, f)
+
+    int4 does so with x of any type, the others with bf16 and fp16. Rows are all of a forward pass,
+    padding included. On AMX with bf16: (a) below 256; (b) 16, in the operator of the whole model
+    128; (c) 16, in that operator 31; (d) 16. (e) In that operator with AVX-512 128. (f) From BF16
+    on with bf16: 2.
     """
     global _exact
     if flag is not None:

@@ -12,7 +12,6 @@ more than `--limit` seconds, ends that unit alone, and what is known is written 
 if a kernel is wrong. scripts/time_cuda.py times them.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -28,7 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine import Engine, Sampling, configure_compiler, skipped_graphs
-from errors import write_json
+from errors import Parser, write_json
 from kernels import choice
 from kernels.attention import attention, attention_reference
 from kernels.formats import FORMATS
@@ -331,7 +330,7 @@ def graph_of(calls: list[Callable]) -> torch.cuda.CUDAGraph:
 
 def main() -> int:
     """Run the checks; exit code 1 if a kernel is wrong."""
-    parser = argparse.ArgumentParser(description="Check the Triton kernels on a GPU.")
+    parser = Parser(description="Check the Triton kernels on a GPU.")
     parser.add_argument("--checks", default="all", help="comma-separated: formats, steps, "
                         f"{', '.join(UNITS)}; default: all")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")

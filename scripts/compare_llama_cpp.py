@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import checkpoint_entry, run_script
 from checkpoint import open_checkpoint
-from errors import UserError, check_outputs, check_threads, cli, progress, write_json
+from errors import Parser, UserError, check_outputs, check_threads, cli, progress, write_json
 from measure import device_name
 from modes import parse_mode
 
@@ -84,10 +84,7 @@ def deep_turn(args: argparse.Namespace, entry: list[str], rows: list[dict]) -> N
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Ours beside llama.cpp, in turns.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(description="Ours beside llama.cpp, in turns.")
     add = parser.add_argument
     add("--llama_bench", type=Path, required=True, help="the peer's program")
     add("--gguf", type=Path, required=True, help="folder of BF16.gguf, Q8_0.gguf, Q4_0.gguf")

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from backends import choose_kernels
 from engine import COMPILE_MODES, Engine, Sampling, configure_compiler, skipped_graphs
-from errors import UserError, check_device, check_outputs, cli, progress, write_json
+from errors import Parser, UserError, check_device, check_outputs, cli, progress, write_json
 from kernels.choice import KERNELS
 from measure import device_name, read_bandwidth
 from model import CONFIGS, ModelConfig
@@ -157,7 +157,7 @@ def compare(mode: str, args: argparse.Namespace) -> dict:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Ours beside transformers and torchao, in turns.")
+    parser = Parser(description="Ours beside transformers and torchao, in turns.")
     add = parser.add_argument
     add("--random_weights", choices=CONFIGS, required=True, metavar="NAME",
         help=f"the shape: {', '.join(CONFIGS)}")  # fmt: skip

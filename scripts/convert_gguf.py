@@ -11,7 +11,6 @@ rotate-half order. The directory appears under its name only when it is complete
 Source of the field names: the GGUF specification (ggml/docs/gguf.md).
 """
 
-import argparse
 import json
 import os
 import sys
@@ -23,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import cli, directory_whole
+from errors import Parser, cli, directory_whole
 from scripts.gguf_tokenizer import GGUFError, tokenizer_files
 
 CHUNK = 1 << 22  # values dequantized at a time, in float32
@@ -271,7 +270,7 @@ def convert(source: Path, destination: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="GGUF file -> Hugging Face style directory")
+    parser = Parser(description="GGUF file -> Hugging Face style directory")
     parser.add_argument("source", type=Path, help="the .gguf file")
     parser.add_argument("destination", type=Path, help="the directory to write; must not exist")
     arguments = parser.parse_args()

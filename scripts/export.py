@@ -16,25 +16,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine import Engine, Sampling, configure_compiler
-from errors import UserError, check_outputs, cli, progress
-from generate import add_model_arguments, load
-from model import CONFIGS, KV_CACHES
+from errors import Parser, UserError, check_outputs, cli, progress
+from generate import add_cache_argument, add_model_arguments, load
+from model import CONFIGS
 from package import write_package
 
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Write a package of compiled steps.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(description="Write a package of compiled steps.")
     add = parser.add_argument
     add_model_arguments(parser)
     add("--random_weights", choices=list(CONFIGS), metavar="NAME", help="true shapes, no files")
     add("--output", type=Path, default=Path("model.pt2"), metavar="FILE.pt2", help="file to write")
     add("--batch_size", type=int, default=1, help="sequences that run together")
     add("--cache_size", type=int, default=2048, help="cache slots: prompt and new tokens together")
-    add("--kv_cache", choices=KV_CACHES, default="bf16")
+    add_cache_argument(parser)
     return parser.parse_args()
 
 

@@ -16,7 +16,6 @@ wavefront of 128 bytes a cycle, bank conflicts included, counted by the emulator
 mma.sync (Luo et al., arXiv:2402.13499).
 """
 
-import argparse
 import re
 import subprocess
 import sys
@@ -30,6 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from errors import Parser
 from kernels.choice import load_triton
 from kernels.cuda.launch import Card, Launch
 
@@ -295,7 +295,7 @@ def table_row(what: str, rows: int, launch: Launch, capability: int) -> str:
 
 def main() -> None:
     """Compile the kernels and print what became of them."""
-    parser = argparse.ArgumentParser(description="Compile the Triton kernels without a GPU.")
+    parser = Parser(description="Compile the Triton kernels without a GPU.")
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 90],
                         choices=SHARED)  # fmt: skip
     parser.add_argument("--only", default="", help="cases whose name has this in it")

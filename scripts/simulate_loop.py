@@ -13,7 +13,6 @@ The control bits are as maxas and turingas found them for Volta, and hold up to 
 after Luo et al., arXiv:2402.13499.
 """
 
-import argparse
 import re
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from errors import Parser
 from kernels.choice import load_triton
 from kernels.cuda.launch import Launch
 from scripts import inspect_kernels
@@ -172,7 +172,7 @@ def bound(launch: Launch, capability: int, programs: int) -> float:
 
 def main() -> None:
     """Print a table of the formats."""
-    parser = argparse.ArgumentParser(description="Bounds of the products' loops, simulated.")
+    parser = Parser(description="Bounds of the products' loops, simulated.")
     parser.add_argument("--rows", type=int, nargs="+", default=[1], help="of x, at most 16")
     parser.add_argument("--programs", type=int, nargs="+", default=[1, 2, 4],
                         help="on a multiprocessor")  # fmt: skip

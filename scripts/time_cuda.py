@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import write_json
+from errors import Parser, write_json
 from kernels import choice
 from kernels.formats import FORMATS
 from kernels.linear import Linear, QuantizedLinear
@@ -124,7 +124,7 @@ def print_times(rows: list[dict]) -> None:
 
 def main() -> int:
     """Compile in parallel, then time in turns; exit code 1 if a format does not run."""
-    parser = argparse.ArgumentParser(description="Time the Triton kernels on a GPU.")
+    parser = Parser(description="Time the Triton kernels on a GPU.")
     parser.add_argument("--formats", default=",".join(TIMED), help="comma-separated")
     parser.add_argument("--kernels", choices=("triton", "triton-pdl"), default="triton")
     parser.add_argument("--shape", type=int, nargs=2, default=(28672, 4096), metavar=("N", "K"))

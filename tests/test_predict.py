@@ -14,6 +14,7 @@ from predict import (
     DEVICES,
     cache_bytes,
     communication,
+    gathers,
     memory_bytes,
     predict,
     prediction_table,
@@ -68,14 +69,23 @@ def test_quantized_bytes_by_hand():
     assert total == read + 2 * head
 
 
+def test_formats_that_quantize_activations_gather():
+    """The input of wo, of 4096, and of w2, of 14336, and two outputs of 4096, each of 32 layers."""
+    gathered = 32 * (4096 + 14336 + 2 * 4096)
+    assert communication(LLAMA, 2, gathers("w4a8")) == (130, 4096 * 2 + 128256 + gathered)
+    assert gathers("int8dq") and not gathers("int4") and not gathers("bf16")
+    read = weight_bytes(LLAMA, "w4a8", 128)[1]
+    step = read / 2 / (3.35e12 * 0.7) + 130 * 10e-6 + communication(LLAMA, 2, True)[1] / 450e9
+    assert predict(LLAMA, "w4a8", DEVICES["H100"], 2, 128) == pytest.approx(1 / step)
+
+
 def test_predictions_are_consistent():
     """More devices are faster, but never by more than their number; 405B in bf16 fits nowhere."""
     for name in ("llama-3.1-8b", "llama-3-70b"):
         speeds = [predict(CONFIGS[name], "int4", DEVICES["H200"], n) for n in (1, 2, 4, 8)]
         assert speeds == sorted(speeds) and speeds[3] < 8 * speeds[0]
     assert predict(CONFIGS["llama-3.1-405b"], "bf16", DEVICES["H100"], 8) is None
-    assert communication(LLAMA, 2)["collectives"] == 66
-    assert communication(LLAMA, 2)["bytes"] == 65 * 4096 * 2 + 128256
+    assert communication(LLAMA, 2) == (66, 65 * 4096 * 2 + 128256)
     rows = prediction_table("int4").splitlines()
     assert len(rows) == 5 and len({row.count("|") for row in rows}) == 1
     with pytest.raises(UserError, match="name one format"):
