@@ -119,6 +119,8 @@ def test_a_plan_of_other_candidates_is_refused(tmp_path):
     for asked in ((["bf16", "int8dq"], "cpu", 20.0), (["bf16", "int8"], "cpu", 40.0)):
         with pytest.raises(UserError, match="ask for the same"):
             read(*asked)
+    with pytest.raises(UserError, match="timed on cpu, not cuda"):
+        read(["bf16", "int8"], "cuda:0", None)
 
 
 def test_any_module_in_place():

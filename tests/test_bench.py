@@ -169,8 +169,23 @@ def test_perplexities_are_kept_with_their_flags(tmp_path, monkeypatch):
     assert bench.perplexity(entry, two, kept) == 4
     os.utime(directory / "model.safetensors", (0, 0))
     assert bench.perplexity(entry, two, kept) == 4
+    monkeypatch.setenv("FLATLLAMA_EXACT", "1")  # other kernels
+    assert [bench.perplexity(entry, two, kept) for _ in range(2)] == [5, 5]
     monkeypatch.setattr(bench, "code_modified", lambda: 2**33)
-    assert bench.perplexity(entry, two, kept) == 5
+    assert bench.perplexity(entry, two, kept) == 6
+
+
+@pytest.mark.parametrize("name", ["model.py", "kernels/int4.py", "kernels/cpu/int4.cpp"])
+def test_every_source_is_code(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    for file in ("engine.py", "kernels/cpu/call.h", "README.md", name):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+        os.utime(tmp_path / file, (5, 5))
+    os.utime(tmp_path / "README.md", (9, 9))
+    assert bench.code_modified() == 5
+    os.utime(tmp_path / name, (7, 7))
+    assert bench.code_modified() == 7
 
 
 def test_two_modes_on_a_tiny_model(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from errors import UserError, check_outputs, write_json, written_whole
+from errors import Parser, UserError, check_outputs, write_json, written_whole
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,6 +24,26 @@ def test_a_closed_pipe_is_no_error():
     with start("print('x' * 100000)") as process:
         process.stdout.close()
         assert process.wait() == 141 and process.stderr.read() == ""
+
+
+def test_help_shows_each_default_once():
+    parser = Parser(prog="x")
+    parser.add_argument("--size", type=int, default=5, help="of it")
+    parser.add_argument("--given", default=6, help="default: six")
+    parser.add_argument("--none", help="nothing")
+    parser.add_argument("--flag", action="store_true", help="switch")
+    lines = [" ".join(line.split()) for line in parser.format_help().splitlines()]
+    for line in ("--size SIZE of it; default: 5", "--given GIVEN default: six",
+                 "--none NONE nothing", "--flag switch"):  # fmt: skip
+        assert line in lines
+
+
+def test_a_wrong_flag_is_one_line(capsys):
+    with pytest.raises(SystemExit) as exit:
+        Parser(prog="x").parse_args(["--absent"])
+    assert exit.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and "--absent" in err and err.count("\n") == 1
 
 
 def test_an_error_of_the_system_is_one_line():

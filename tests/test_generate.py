@@ -133,6 +133,9 @@ def test_chat_keeps_the_conversation(run, default_model, monkeypatch):
         (["--prompt", "5", "--quantization", "fp16"], "take one"),  # and --precision fp32
         (["--prompt", "5", "--groupsize", "64"], "--groupsize"),
         (["--prompt", "5", "--compile_prefill"], "goes with --compile"),
+        (["--prompt", "5", "--compile_mode", "default"], "goes with --compile"),
+        (["--prompt", "5", "--prompts", "file"], "take one of them"),
+        (["--interactive", "--prompt", "5"], "leave --prompt out"),
         (["--interactive", "--num_samples", "2"], "leave --num_samples out"),
         (["--prompt", "5", "--random_weights", "tiny"], "take one of them"),
         (["--prompt", "5", "--json", "absent/out.json"], "cannot write"),
