@@ -322,7 +322,8 @@ class Transformer(nn.Module):
         self.step_number, self._step = make_step(self) or (None, None)
 
     def unfuse(self) -> None:
-        """Run as modules again: what `fuse` has made, and what caches hold, is of other weights."""
+        """Run as modules again, for other weights. The new `revision` tells an Engine that the keys
+        and values in its cache are of the old ones."""
         self.plan = self.step_number = self._step = None
         self.fused_rows = 0
         self.revision += 1

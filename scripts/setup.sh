@@ -5,7 +5,7 @@ if [ ! -x .venv/bin/python ]; then
   python3 -m venv .venv
 fi
 if ! cmp -s "$1" ".venv/installed-$1" || [ requirements.txt -nt ".venv/installed-$1" ]; then
-  echo "== installing $1 (PyTorch alone is some 200 MB)"
+  echo "== installing $1 (PyTorch is a large download)"
   .venv/bin/python -m pip install --disable-pip-version-check -r "$1"
   cp "$1" ".venv/installed-$1"
 fi

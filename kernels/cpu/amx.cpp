@@ -48,7 +48,7 @@ static void widen_panel(const Coded& c, Format format, int64_t tile, int64_t k0,
 template <Weight kind>
 static void panels_as(const Coded& c, Format format, int64_t p0, int64_t p1) {
   const Linear& a = c.a;
-  constexpr int64_t kDepth = 1024, kRowsAtOnce = 512;  // of x: 1 MB, in the second cache
+  constexpr int64_t kDepth = 1024, kRowsAtOnce = 512;  // of x: 1 MB, in the L2 cache
   alignas(64) static thread_local uint32_t panel[2 * kDepth * kSide];
   alignas(64) static thread_local float sums[kRowsAtOnce * kWidth];
   const int64_t columns = (a.k + 31) / 32 * 32;

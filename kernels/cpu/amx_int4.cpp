@@ -1,7 +1,7 @@
 // 4-bit codes in tiles on AMX, for 5 and more rows of x in bytes; see int4.cpp and int4dq.h.
 //
 // The codes of two tiles, as many groups as 256 columns hold, are unpacked to bytes as AMX's B: four
-// columns of 16 outputs in 64 bytes. They stay in the first cache while all rows of x pass, 32 at a time.
+// columns of 16 outputs in 64 bytes. They stay in the L1 cache while all rows of x pass, 32 at a time.
 #include "amx.h"
 #include "int4dq.h"
 

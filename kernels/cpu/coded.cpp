@@ -1,7 +1,7 @@
 // y = x W^T with n-bit codes, w = (value(code) - zero) * scale: integers, small floats, a codebook.
 //
 // Tile t holds output rows 16 t .. 16 t + 15, its codes as coded.h says.
-// 32 columns at a time are widened into a block of fp32 that stays in the nearest cache, and every
+// 32 columns at a time are widened into a block of fp32 that stays in the L1 cache, and every
 // row of x meets it there.
 // With zeros, sum x w = scale * (sum x value - zero * sum x) over each group.
 #include "coded.h"

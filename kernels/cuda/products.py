@@ -216,7 +216,7 @@ def add_group(
 def join_splits(
     scratch, m_ok, acc, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr
 ):
-    """acc plus the sums of all splits, in order. Other programs wrote them: past the first cache.
+    """acc plus the sums of all splits, in order. Other programs wrote them: past the L1 cache.
 
     Small tiles are asked for all at once; large ones would not fit the registers.
     """

@@ -42,7 +42,7 @@ def wait_for_others(PDL: tl.constexpr):
 
 @triton.jit
 def prefetch(plane, start, width, J: tl.constexpr, STAGES: tl.constexpr):
-    """Ask the second-level cache for the columns of the first STAGES tiles of rows of storage."""
+    """Ask the L2 cache for the columns of the first STAGES tiles of rows of storage."""
     if plane is not None:
         ITEM: tl.constexpr = plane.dtype.element_ty.primitive_bitwidth // 8
         LINES: tl.constexpr = max(1, STAGES * J * ITEM // 128)
