@@ -70,6 +70,26 @@ def keep(x, cache, scales, lines, d, D, ok, mask):
 
 
 @triton.jit
+def insert(
+    new_k, new_v, k, v, k_scale, v_scale, cos, sin, at, stride, line, first, begin, stop, d, D,
+    NEW: tl.constexpr,
+):  # fmt: skip
+    """Keys, rotated, and values of NEW tokens or less into slots [begin, stop) of a cache.
+
+    Token 0, at `at`, belongs to slot `first`; `line` is that of slot 0.
+    """
+    token = tl.arange(0, NEW)
+    slot = first + token
+    ok = (slot >= begin) & (slot < stop)
+    mask = ok[:, None] & (d < D)[None, :]
+    rows = at + token.to(tl.int64) * stride
+    keys = rotated(new_k, rows, slot, cos, sin, d, D, mask)
+    keep(keys, k, k_scale, line + slot, d, D, ok, mask)
+    values = tl.load(new_v + rows[:, None] + d[None, :], mask=mask, other=0)
+    keep(values, v, v_scale, line + slot, d, D, ok, mask)
+
+
+@triton.jit
 def attend(
     q, k, v, start, k_scale, v_scale, new_k, new_v, cos, sin, out, maxima, totals,
     q_b, q_h, q_t, out_b, out_h, out_t, T, S, D, kv_heads, softmax_scale,
@@ -103,15 +123,10 @@ def attend(
         qs = rotated(q, at, first + t, cos, sin, d, D, of_rows)
         begin, stop = split * share * BLOCK_S, tl.minimum((split + 1) * share, blocks) * BLOCK_S
         if stop > first:
-            token = tl.arange(0, NEW)
-            new = first + token
-            new_ok = (new >= begin) & (new < tl.minimum(stop, end))
-            of_new = new_ok[:, None] & d_ok[None, :]
-            rows, lines = batch * q_b + kv_head * q_h + token.to(tl.int64) * q_t, pair * S + new
-            keys = rotated(new_k, rows, new, cos, sin, d, D, of_new)
-            keep(keys, k, k_scale, lines, d, D, new_ok, of_new)
-            values = tl.load(new_v + rows[:, None] + d[None, :], mask=of_new, other=0)
-            keep(values, v, v_scale, lines, d, D, new_ok, of_new)
+            insert(
+                new_k, new_v, k, v, k_scale, v_scale, cos, sin, batch * q_b + kv_head * q_h, q_t,
+                pair * S, first, begin, tl.minimum(stop, end), d, D, NEW,
+            )  # fmt: skip
             tl.debug_barrier()  # what other threads have written is there
     best = tl.full([R], float("-inf"), tl.float32)
     total = tl.zeros([R], tl.float32)
