@@ -73,6 +73,10 @@ class Plan:
         """Raises UserError when the file is no plan."""
         try:
             plan = cls(**read_json(path))
+            if not all(isinstance(c, str) for c in plan.candidates):
+                raise TypeError("candidates")
+            if not isinstance(plan.min_sqnr, int | float | None):
+                raise TypeError("min_sqnr")
         except TypeError as error:
             raise UserError(f"{path} is no plan ({error})") from None
         plan.modes()

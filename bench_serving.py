@@ -280,7 +280,7 @@ def main(kind: str, argv: list[str]) -> None:
     check_outputs(args.json, args.plot, inputs=own)
     model, mode, _ = load(args, args.random_weights)
     if getattr(args, "compile", True):
-        configure_compiler()
+        configure_compiler(args.device)
     rows = {"throughput": throughput, "latency": latency, "position": position}[kind](model, args)
     progress("")
     name = args.random_weights or args.checkpoint_path or "smollm2-135m-instruct"

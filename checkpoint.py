@@ -9,6 +9,7 @@ header, shapes and dtypes are checked before anything of its size is allocated.
 import contextlib
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from errors import UserError, first_rank
-from huggingface import config_from_hf, hf_names
+from huggingface import config_from_hf, hf_names, part_rows
 from kernels import native
 from kernels.formats import FORMATS
 from kernels.linear import Linear, QuantizedLinear
@@ -92,7 +93,10 @@ class Checkpoint:
             raise UserError(f"{self.path}: the parts of {name} have different dtypes or widths")
         if dtypes[0] not in DTYPES:
             raise UserError(f"{self.path}: dtype {dtypes[0]} of {name} is not supported")
-        rows = [sum(s[0] for s in shapes)] if shapes[0] else []
+        rows = [s[0] for s in shapes] if shapes[0] else []
+        if len(rows) > 1 and rows != (want := part_rows(self.config, name)):
+            raise UserError(f"{self.path}: the parts of {name} have {rows} rows, not {want}")
+        rows = [sum(rows)] if rows else []
         return DTYPES[dtypes[0]], rows + shapes[0][1:]
 
     def tensor(
@@ -178,8 +182,12 @@ def open_checkpoint(path: Path | str | None = None) -> Checkpoint:
         return _open_directory(path)
     if not path.exists():
         raise UserError(f"no checkpoint at {path}: give a directory or a .safetensors file")
+    if not path.is_file():
+        raise UserError(f"{path} is no plain file: give a directory or a .safetensors file")
     names, metadata = _names(path)
     if METADATA_KEY not in metadata:
+        if not (path.parent / "config.json").exists():
+            raise UserError(f"{path} is not of quantize.py, and no config.json is beside it")
         directory = _open_directory(path.parent)
         if path not in directory.files.values():
             raise UserError(f"{path} is no checkpoint: not of quantize.py, nor of its directory")
@@ -189,8 +197,10 @@ def open_checkpoint(path: Path | str | None = None) -> Checkpoint:
         if header["version"] > VERSION:
             raise UserError(f"{path} was written by a newer version; update flatllama")
         config = ModelConfig.from_dict(header["config"])
-        if not isinstance(header["mode"], str):
-            raise TypeError("the mode is no text")
+        if not re.fullmatch(r"[a-z0-9-]+", header["mode"]):
+            raise ValueError(f"mode {header['mode']!r}")
+        if not isinstance(header.get("groupsize"), int | None):
+            raise TypeError(f"group size {header['groupsize']!r}")
         for settings in header["layers"].values():
             if settings["format"] not in FORMATS:
                 raise UserError(f"{path} uses the unknown format {settings['format']!r}")
@@ -309,11 +319,12 @@ class Writer:
     """Writes one safetensors file tensor by tensor, in any order, never holding the file.
 
     The bytes go to a temporary name beside the target, are fsynced, and get the final name at the
-    very end: a killed run leaves no half file under it. Use as a context manager.
+    very end: a killed run leaves no half file under it, and what it leaves cannot be loaded. Use as
+    a context manager.
     """
 
     def __init__(self, path: Path, specs: dict[str, tuple[torch.dtype, list[int]]], header: dict):
-        self.path = Path(path)
+        self.path = Path(path).resolve()  # of a link the file, not the link, is replaced
         entries, offset = {"__metadata__": {METADATA_KEY: json.dumps(header), "format": "pt"}}, 0
         for name, (dtype, shape) in specs.items():
             size = torch.Size(shape).numel() * dtype.itemsize
@@ -325,13 +336,14 @@ class Writer:
         text = json.dumps(entries).encode()
         text += b" " * (-len(text) % 8)
         self.entries, self.start, self.end = entries, 8 + len(text), 8 + len(text) + offset
+        self.length = len(text).to_bytes(8, "little")
         self.unwritten = {name: (shape or [1])[0] for name, (_, shape) in specs.items()}
         self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         try:
             self.file = open(self.temporary, "wb")  # noqa: SIM115 (closed in __exit__)
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from None
-        self.file.write(len(text).to_bytes(8, "little") + text)
+        self.file.write(bytes(8) + text)  # without its length until the end: not to be loaded
 
     def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
         """Write one tensor, or the rows of it that begin at `row`, as announced."""
@@ -358,6 +370,8 @@ class Writer:
             if kind is None:
                 if missing := [name for name, rows in self.unwritten.items() if rows]:
                     raise ValueError(f"tensors never written: {missing[:3]}")
+                self.file.seek(0)
+                self.file.write(self.length)
                 self.file.flush()
                 os.fsync(self.file.fileno())
                 os.replace(self.temporary, self.path)

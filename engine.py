@@ -302,6 +302,8 @@ class Engine:
                 new = self.prefill_step(chunk, start, last)
                 logits = new if logits is None else torch.where(here[:, None], new, logits)
             position = begin + size
+        if not logits.isfinite().all():
+            raise UserError("logits that are no numbers: a weight is NaN or inf, or fp16 overflows")
         return logits
 
     def generate(
@@ -321,7 +323,7 @@ class Engine:
         Returns:
             Result; its token_ids hold the new tokens, the closing EOS left out.
         """
-        self._check(prompts, max_new_tokens)
+        self.check(prompts, max_new_tokens)
         first = self._shared_prefix(prompts[0]) if self.batch == 1 else 0
         self.cached = []  # until the end: an interruption leaves slots of two texts
         rows, clock = Rows(len(prompts), eos_ids, on_token), Clock(self.device)
@@ -366,7 +368,8 @@ class Engine:
 
         return wait
 
-    def _check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
+    def check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
+        """A UserError for a request that this engine cannot serve."""
         if len(prompts) != self.batch:
             raise ValueError(f"{len(prompts)} prompts for an engine of batch {self.batch}")
         self.model.check_cache(self.own_cache)
@@ -378,8 +381,8 @@ class Engine:
         if total > self.length:
             raise UserError(
                 f"a prompt of {total - max_new_tokens} tokens and {max_new_tokens} new ones do not "
-                f"fit a context of {self.length}; shorten the prompt or raise --cache_size "
-                "(a package has that of its export)"
+                f"fit a context of {self.length}; shorten the prompt or raise --cache_size (of a "
+                "package: when it is exported)"
             )
 
     def _shared_prefix(self, prompt: list[int]) -> int:
@@ -406,10 +409,17 @@ class Engine:
         return time.perf_counter() - begin
 
 
-def configure_compiler() -> None:
-    """Inductor settings for decoding; called by each command line, never by an import."""
+def configure_compiler(device: str | torch.device) -> None:
+    """Inductor settings for decoding; called by each command line, never by an import.
+
+    UserError where it has no C++ compiler for the CPU.
+    """
     import torch._inductor.config as config
 
+    if torch.device(device).type == "cpu":
+        if (compiler := native.find_compiler()) is None:
+            raise UserError("torch.compile needs a C++ compiler: install g++, or do not compile")
+        config.cpp.cxx = (compiler,)
     config.coordinate_descent_tuning = True
     config.size_asserts = False  # checks between kernels, every step
     config.triton.unique_kernel_names = True

@@ -13,6 +13,7 @@ over the same tokens, and how often both put the same token first.
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -105,6 +106,8 @@ def perplexity(
         report(f"window {i + 1} of {len(cut)}: perplexity {so_far:.4f}")
     tokens = len(cut) * (seq_length - 1)
     loss, reference_loss, kl, agreed = (sums / tokens).tolist()
+    if not math.isfinite(loss):
+        raise UserError("logits that are no numbers: a weight is NaN or inf, or fp16 overflows")
     score = Score(
         f"token perplexity over non-overlapping {seq_length}-token windows, each from position 0, "
         "no BOS, all but a window's first token scored, the last partial window dropped",
@@ -256,7 +259,7 @@ def main() -> None:
     model, mode, directory = load(args)
     tokenizer = open_tokenizer(directory, model, required=True)
     if args.compile:
-        configure_compiler()
+        configure_compiler(args.device)
     figures = {"model": str(args.checkpoint_path or directory), "mode": mode}
     figures |= {"kv_cache": args.kv_cache, "text": str(args.text) if args.text else None}
     if args.text or not args.tasks:

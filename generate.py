@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import predict
 import tp
 from backends import check_layers, choose_kernels, use_device
 from chat import Streamer, chat, render_chat
@@ -24,6 +25,7 @@ from engine import (
     Engine,
     Result,
     Sampling,
+    cache_length,
     compiled_graphs,
     configure_compiler,
     skipped_graphs,
@@ -44,6 +46,7 @@ from errors import (
 from kernels import native
 from kernels.choice import KERNELS
 from measure import (
+    check_memory,
     device_name,
     peak_memory,
     read_bandwidth,
@@ -55,7 +58,7 @@ from measure import (
 from model import CONFIGS, KV_CACHES, Transformer
 from modes import FLOAT_MODES, Mode, head_mode, parse_mode
 from package import Package
-from prompts import encode_prompt, open_tokenizer, read_prompts
+from prompts import encode_prompt, is_length, open_tokenizer, read_prompts
 from quantize import quantize_
 from random_weights import random_model
 from speculative import SpeculativeEngine
@@ -127,6 +130,9 @@ def load(args: argparse.Namespace, random_name: str | None = None):
         if ranks:
             model = tp.load_ranked(ranks, None, config, mode, args.device, dtype)
         else:
+            name = str(mode) if mode else names[dtype]
+            wanted = predict.weight_bytes(config, name, mode and mode.groupsize)[0]
+            check_memory(wanted, f"the weights of {random_name} in {name}", args.device)
             model = random_model(config, mode, args.device, dtype)
         check_layers(model)
         return model, str(mode) if mode else names[dtype], None
@@ -310,7 +316,7 @@ def run_samples(
     Row 0 streams as it comes. Several prompts are printed when all rows have ended; so is what
     follows a synthetic one, which is there to be timed.
     """
-    results, synthetic = [], not args.prompts and args.prompt.isdecimal()
+    results, synthetic = [], not args.prompts and is_length(args.prompt)
     for i in range(args.num_samples):
         engine.cached = []  # each sample's time to first token includes its whole prefill
         streams = tokenizer and not args.prompts and not synthetic
@@ -381,7 +387,7 @@ def main() -> None:
     texts = read_prompts(args.prompts) if args.prompts else [args.prompt] * args.batch_size
     model, mode, directory = load(args, args.random_weights)
     package = Package(args.package) if args.package else None
-    synthetic = not args.prompts and args.prompt.isdecimal()
+    synthetic = not args.prompts and is_length(args.prompt)
     tokenizer = open_tokenizer(directory, model, required=not synthetic)
     if args.interactive:
         if tokenizer is None:
@@ -390,16 +396,23 @@ def main() -> None:
         prompts, length = [[1]], args.cache_size or min(2048, model.config.max_positions)
     else:
         vocab = model.config.vocab_size
-        prompts = [encode_prompt(t, tokenizer, vocab, args.seed, synthetic) for t in texts]
+        ids = {t: encode_prompt(t, tokenizer, vocab, args.seed, synthetic) for t in set(texts)}
+        prompts = [ids[text] for text in texts]
         length = args.cache_size or max(map(len, prompts)) + args.max_new_tokens
     if package:
         package.check(model.tok_embeddings.weight.device, len(prompts), args.kv_cache)
         length = min(package.about["slots"], model.config.max_positions)
+    if processes() == 1:
+        dtype, slots = model.tok_embeddings.weight.dtype, cache_length(length)
+        wanted = predict.cache_bytes(model.config, slots, args.kv_cache, len(prompts), dtype)
+        what = f"a cache of {len(prompts)} x {slots} slots, for as many sequences and tokens"
+        check_memory(wanted, what, args.device)
     engine = make_engine(model, length, len(prompts), args)
+    engine.check(prompts, 1 if args.interactive else args.max_new_tokens)
     if package:
         package.drive(engine)
     if engine.compiled:
-        configure_compiler()
+        configure_compiler(args.device)
         parts = " and the ".join(engine.compiled)
         progress(f"compiling the {parts} (half a minute each the first time) ...")
     if args.random_weights:

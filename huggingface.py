@@ -24,6 +24,13 @@ def hf_names(name: str) -> list[str]:
     return [f"model.layers.{index}.{hf}.{kind}" for hf in HF_BLOCK[part]]
 
 
+def part_rows(config: ModelConfig, name: str) -> list[int]:
+    """Rows of each of the tensors stacked in ours, wqkv or w13."""
+    if "w13" in name:
+        return [config.ffn_dim] * 2
+    return [config.n_heads * config.head_dim] + [config.n_kv_heads * config.head_dim] * 2
+
+
 def config_from_hf(hf: dict) -> ModelConfig:
     """ModelConfig from the contents of a Hugging Face config.json."""
     family = hf.get("model_type")

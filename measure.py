@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from engine import Engine
+from errors import UserError
 from kernels import native
 
 
@@ -46,6 +47,22 @@ def reset_peak_memory(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes what is resident now
+
+
+def free_memory(device: str) -> float:
+    """Bytes that can still be taken; infinite where the system does not say."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info()[0]
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    free = [int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:")]
+    return free[0] if free else float("inf")
+
+
+def check_memory(wanted: int, what: str, device: str) -> None:
+    """A UserError, before the system ends a process, where `what` wants more than is free."""
+    if wanted > (free := free_memory(device)):
+        raise UserError(f"{what}: {wanted / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free")
 
 
 def device_name(device: str) -> str:

@@ -129,9 +129,9 @@ def parse_mode(text: str, groupsize: int | None = None) -> Mode:
         return Mode(text, "", None)
     pairs = {f"{f}-{a}" if a else f: (f, a) for f in FORMATS for a in ALGORITHMS}
     if text not in pairs:
-        close = difflib.get_close_matches(text, mode_names(), 1)
+        close = difflib.get_close_matches(text.lower(), mode_names(), 1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UserError(f"unknown mode {text!r}; {hint}known: {', '.join(mode_names())}")
+        raise UserError(f"unknown mode {text!r}; {hint}quantize.py --list shows all")
     name, algorithm = pairs[text]
     if reason := refusal(name, algorithm):
         raise UserError(f"mode {text!r} makes no sense: {reason}")
@@ -218,6 +218,7 @@ def quantize_linear(
     """
     weight, cls = linear.weight, FORMATS[mode.format]
     dtype = dtype or weight.dtype
+    check_finite(weight, f"a weight {list(weight.shape)}")
     chunks = list(row_chunks(*weight.shape))
     if grid is None:
         grid = make_grid(mode, linear.in_features, dtype)
@@ -235,6 +236,14 @@ def quantize_linear(
     input_scale = params.pop("input_scale", None)
     params |= grid.shared()
     return cls.from_codes(codes, params, bias, dtype, input_scale, **mode.arguments)
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """A UserError for NaN or inf, which no code stands for."""
+    if not tensor.isfinite().all():
+        raise UserError(
+            f"{what} holds NaN or inf: the model is damaged, or passes this type's range"
+        )
 
 
 def make_grid(mode: Mode, in_features: int, dtype: torch.dtype) -> Grid:

@@ -55,10 +55,13 @@ def weight_bytes(config: ModelConfig, mode: str, groupsize: int | None = None) -
     return total, total - (0 if tied else sizes[id(table)])
 
 
-def cache_bytes(config: ModelConfig, positions: int, kind: str = "bf16", batch: int = 1) -> int:
-    """Bytes of the cache of all layers, bf16 scales included."""
+def cache_bytes(
+    config: ModelConfig, positions: int, kind: str = "bf16", batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+) -> int:  # fmt: skip
+    """Bytes of the cache of all layers, scales included, of a model in `dtype`."""
     shape = (batch, config.n_kv_heads, positions, config.head_dim)
-    cache = KV_CACHES[kind](*shape, torch.bfloat16, "meta")
+    cache = KV_CACHES[kind](*shape, dtype, "meta")
     return config.n_layers * sum(b.numel() * b.element_size() for b in cache.buffers())
 
 
@@ -150,9 +153,11 @@ def main() -> None:
     add("--mode", default="int4", help="of the weights, see quantize.py --list")
     add("--groupsize", type=int, help="columns that share a scale; default: the format's")
     add("--kv_cache", choices=list(KV_CACHES), default="int8", help="type of keys and values")
-    add("--positions", type=int, default=131072, help="cache slots")
+    add("--positions", type=int, help="cache slots; default: 131072, or the model's context")
     args = parser.parse_args()
     config = CONFIGS[args.model]
+    if args.positions is None:
+        args.positions = min(131072, config.max_positions)
     if not 1 <= args.positions <= config.max_positions:
         raise UserError(f"--positions: 1 to {config.max_positions} for {args.model}")
     parts = memory_bytes(config, args.mode, args.groupsize, args.positions, args.kv_cache)

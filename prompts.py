@@ -10,11 +10,16 @@ from errors import UserError
 from tokenizer import Tokenizer, load_tokenizer
 
 
+def is_length(prompt: str) -> bool:
+    """Whether a prompt asks for a synthetic one, of so many tokens."""
+    return prompt.isascii() and prompt.isdecimal()
+
+
 def encode_prompt(
     prompt: str, tokenizer: Tokenizer | None, vocab: int, seed: int, synthetic: bool = True
 ) -> list[int]:
     """Token ids of a text, or, where it is an integer, a `synthetic` prompt of that length."""
-    if synthetic and prompt.isdecimal():
+    if synthetic and is_length(prompt):
         if len(prompt) > 7:  # before memory is asked for
             raise UserError(f"a prompt of {prompt} tokens: no cache holds so many")
         generator = torch.Generator().manual_seed(seed)
@@ -72,7 +77,9 @@ def read_prompts(path: Path) -> list[str]:
                 prompt = json.loads(line)["prompt"]
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(f'{path}:{number}: not a JSON object with a "prompt"') from None
-        if not isinstance(prompt, str) or not prompt.strip():
+        if not isinstance(prompt, str):
+            raise UserError(f'{path}:{number}: "prompt" is no text')
+        if not prompt.strip():
             raise UserError(f"{path}:{number}: empty prompt: give at least one word")
         prompts.append(prompt)
     return prompts

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import checkpoint as ckpt
 from autoquant import make_plan, read_or_make_plan
-from backends import use_device
+from backends import choose_kernels, use_device
 from calibration import LAYERS, CalibrationStream, InputStatistics, calibration_tokens
 from engine import Engine, Sampling
 from errors import (
@@ -37,6 +37,7 @@ from modes import (
     AUTOQUANT,
     FLOAT_MODES,
     Mode,
+    check_finite,
     head_mode,
     list_modes,
     make_grid,
@@ -212,7 +213,9 @@ class CheckpointQuantizer:
         for rows in row_chunks(shape[0], shape[1] if len(shape) > 1 else 1):
             weight = self.source.tensor(stored, [rows]).to(self.device)
             if module not in self.layers:
-                self.writer.write(name, weight.to(self.dtype), rows.start)
+                weight = weight.to(self.dtype)
+                check_finite(weight, name)
+                self.writer.write(name, weight, rows.start)
                 continue
             linear = nn.Linear(shape[1], len(weight), bias=False, device="meta")
             linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -258,8 +261,11 @@ class CheckpointQuantizer:
         if self.stream:
             self.stream.advance(block)
         for name, tensor in block.state_dict().items():
-            spec = self.specs[f"layers.{index}.{name}"]
-            self.writer.write(f"layers.{index}.{name}", tensor.to(spec[0]))
+            full_name = f"layers.{index}.{name}"
+            tensor = tensor.to(self.specs[full_name][0])
+            if tensor.dtype in FLOAT_MODES.values():
+                check_finite(tensor, full_name)
+            self.writer.write(full_name, tensor)
 
 
 def linear_names(config: ModelConfig) -> list[str]:
@@ -336,6 +342,7 @@ def own_samples(source: ckpt.Checkpoint, args: argparse.Namespace) -> Tensor:
     Every row starts from a random token, so that the rows differ; no text is needed at all.
     """
     samples, length = args.calibration_samples, args.calibration_seq_length
+    choose_kernels("auto", args.device)
     model = ckpt.load_model(source, args.device)
     generator = torch.Generator().manual_seed(args.seed)
     first = torch.randint(0, source.config.vocab_size, (samples,), generator=generator).tolist()

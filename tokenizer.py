@@ -313,7 +313,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     if (directory / "tokenizer.json").exists():
         tokenizer = JsonTokenizer(directory / "tokenizer.json")
     elif not model.exists():
-        raise ValueError(f"no tokenizer.json and no tokenizer.model in {directory}")
+        raise ValueError(f"no tokenizer.json and no tokenizer.model in {directory}: copy the "
+                         "source model's")  # fmt: skip
     elif re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", model.read_bytes()[:200]):
         tokenizer = TiktokenTokenizer(model)
     else:

@@ -66,8 +66,8 @@ def start(device: str) -> Ranks | None:
     if errors.processes() == 1:
         return None
     if not dist.is_initialized():
-        if "RANK" not in os.environ:
-            raise errors.UserError("WORLD_SIZE without RANK: start several processes with torchrun")
+        if missing := [n for n in ("RANK", "LOCAL_RANK", "MASTER_ADDR") if n not in os.environ]:
+            raise errors.UserError(f"no {missing[0]}: start several processes with torchrun")
         if device.startswith("cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")

@@ -183,14 +183,19 @@ class QuantizedLinear(nn.Module):
         if self.repacked and not keep_vars:  # torch.export keeps them, and does not save
             raise RuntimeError("a repacked layer no longer saves: quantize_ with repack=False")
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (metadata := getattr(destination, "_metadata", None)) is not None:
+            metadata.setdefault(prefix[:-1], {}).update(self.settings())
 
-    def _load_from_state_dict(self, state_dict, prefix, *rest):
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
         if self.repacked:
             raise RuntimeError("a repacked layer takes no weights: quantize_ with repack=False")
+        own = self.settings()
+        if (stored := {k: local_metadata.get(k, v) for k, v in own.items()}) != own:
+            raise RuntimeError(f"{prefix[:-1]} is {own}, its weights are {stored}")
         scale = state_dict.get(f"{prefix}input_scale")
         if scale is not None and self.input_scale is None:  # AWQ and SmoothQuant make one
             self.input_scale = torch.empty_like(scale, device=self.weight.device)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     @property
     def repacked(self) -> bool:

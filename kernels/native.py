@@ -210,6 +210,8 @@ def _run(command: list[str], out: Path) -> None:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or [""]
         raise BuildError(f"{out.name}: {lines[0].strip() or f'exit {done.returncode}'}")
+    with open(partial, "rb") as file:  # or a power cut could leave a cut library under that name
+        os.fsync(file.fileno())
     os.replace(partial, out)
 
 

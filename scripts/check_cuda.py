@@ -257,7 +257,7 @@ def check_step(name: str, cache: str) -> Iterator[dict]:
 
 def check_engine() -> Iterator[dict]:
     """Greedy texts of a tiny fp32 model, compiled and captured, beside the eager modules."""
-    configure_compiler()
+    configure_compiler(DEVICE)
     torch.set_float32_matmul_precision("highest")  # else some products are of 11 bits, others of 24
     prompt = [list(range(5, 37))]
 

@@ -181,7 +181,7 @@ def main() -> None:
     check_device(args.device)
     check_outputs(replaced=args.json)
     choose_kernels(args.kernels, args.device)
-    configure_compiler()
+    configure_compiler(args.device)
     results, notes = [], []
     for mode in args.modes.split(","):
         try:

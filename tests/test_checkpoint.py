@@ -102,6 +102,25 @@ def test_writer_leaves_nothing_half_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_writer_follows_a_link(tmp_path):
+    real, link = tmp_path / "real.safetensors", tmp_path / "link.safetensors"
+    real.touch()
+    link.symlink_to(real)
+    with Writer(link, {"a": (torch.float32, [1])}, {}) as writer:
+        writer.write("a", torch.ones(1))
+    assert link.is_symlink() and load_file(real)["a"] == 1
+
+
+def test_exchanged_parts_of_a_fused_weight_are_refused(tiny):
+    """Together they have the right number of rows."""
+    tensors = load_file(tiny / "model.safetensors")
+    q, k = (f"model.layers.0.self_attn.{n}_proj.weight" for n in "qk")
+    tensors[q], tensors[k] = tensors[k], tensors[q]
+    save_file(tensors, tiny / "model.safetensors")
+    with pytest.raises(UserError, match=r"have \[24, 72, 24\] rows, not \[72, 24, 24\]"):
+        load_model(open_checkpoint(tiny))
+
+
 def test_writer_is_safetensors(tmp_path):
     target = tmp_path / "x.safetensors"
     tensors = {
@@ -175,6 +194,14 @@ def newer_version(header, tensors):
     header["version"] = 99
 
 
+def mode_with_escapes(header, tensors):
+    header["mode"] = "int4\n\x1b[31m"
+
+
+def mode_of_no_text(header, tensors):
+    header["mode"] = 4
+
+
 def no_groupsize(header, tensors):
     header["layers"]["layers.0.attention.wo"]["groupsize"] = 0
 
@@ -199,8 +226,8 @@ def not_an_object(header, tensors):
     "damage",
     [damage_truncate, damage_header_size, damage_not_safetensors, wrong_shape, wrong_dtype,
      missing_tensor, absurd_size, absurd_depth, unknown_format, unknown_layer, unknown_config,
-     newer_version, no_groupsize, negative_groupsize, infinite_scaling, endless_theta,
-     not_an_object],
+     newer_version, mode_with_escapes, mode_of_no_text, no_groupsize, negative_groupsize,
+     infinite_scaling, endless_theta, not_an_object],
 )  # fmt: skip
 def test_damaged_file_is_refused_in_one_line(tiny, damage):
     path = quantized(tiny)

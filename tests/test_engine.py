@@ -5,8 +5,18 @@ import torch
 from tiny import save_tiny
 
 from checkpoint import load_model, open_checkpoint
-from engine import Engine, Sampling, cache_length, compiled_graphs, greedy, probabilities, sample
+from engine import (
+    Engine,
+    Sampling,
+    cache_length,
+    compiled_graphs,
+    configure_compiler,
+    greedy,
+    probabilities,
+    sample,
+)
 from errors import UserError
+from kernels import native
 from scorer import Scorer
 
 GREEDY = Sampling(temperature=0)
@@ -79,6 +89,19 @@ def test_long_prompt_runs_in_chunks(tmp_path):
         logits = engine.prefill([prompt])
         expected = reference(torch.tensor([prompt])).logits[:, -1]
     assert (logits - expected).abs().max() < 1e-3
+
+
+def test_logits_that_are_no_numbers_are_refused(tmp_path):
+    model = tiny_model(tmp_path)
+    model.layers[1].ffn_norm.weight.data[3] = float("nan")
+    with pytest.raises(UserError, match="no numbers"):
+        Engine(model, GREEDY, length=64).generate([[1, 2, 3]], 5)
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setattr(native, "find_compiler", lambda: None)
+    with pytest.raises(UserError, match="install g"):
+        configure_compiler("cpu")
 
 
 def test_cache_is_reused_between_turns(tmp_path):

@@ -43,6 +43,13 @@ def reference_logp(reference, windows):
         return reference.double()(windows).logits.log_softmax(-1)
 
 
+def test_a_perplexity_of_no_numbers_is_refused(tiny, ids):
+    model = model_of(tiny)
+    model.norm.weight.data[0] = float("nan")
+    with pytest.raises(UserError, match="no numbers"):
+        perplexity(model, ids, seq_length=LENGTH, limit=1)
+
+
 def test_perplexity_against_hand_computation(tiny, ids):
     windows = torch.tensor(ids[: 5 * LENGTH]).view(5, LENGTH)
     logp = reference_logp(tiny[1], windows)

@@ -114,6 +114,7 @@ def test_chat_keeps_the_conversation(run, default_model, monkeypatch):
         (["--checkpoint_path", "nowhere"], "no checkpoint at nowhere"),
         (["--prompt", "text"], "token"),  # the tiny model has no tokenizer files
         (["--prompt", "70", "--cache_size", "64"], "do not fit a context of 64"),
+        (["--prompt", "5", "--batch_size", "9999999"], "GB are free"),
         (["--prompt", "70", "--cache_size", "0"], "--cache_size 0: must be at least 1"),
         (["--prompt", "2000"], "context is 1024"),
         (["--prompt", "5", "--seed", str(2**64)], "takes 64 bits"),
@@ -287,7 +288,7 @@ def test_a_number_in_a_file_of_prompts_is_text(run, tmp_path):
         (b"one\n\ntwo\n", ":2: empty prompt"),
         (b'{"prompt": "a"}\n{"prompt"\n', ":2: not a JSON object"),
         (b'{"text": "a"}\n', ":1: not a JSON object"),
-        (b'{"prompt": 5}\n', ":1: empty prompt"),
+        (b'{"prompt": 5}\n', "is no text"),
         (b"\xff\xfe\n", "cannot read"),
         (None, "cannot read"),
     ],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load, save, save_file
+from safetensors.torch import load, load_file, save, save_file
 from tiny import save_tiny
 from torch import nn
 
@@ -36,7 +36,9 @@ def test_mode_names_parse_to_themselves():
 def test_unknown_mode_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'int4-gptq'"):
         parse_mode("int4-gtpq")
-    with pytest.raises(UserError, match=r"known: .*int8"):
+    with pytest.raises(UserError, match="did you mean 'int8'"):
+        parse_mode("INT8")
+    with pytest.raises(UserError, match="--list shows all"):
         parse_mode("zzz")
     with pytest.raises(UserError, match="group size 48"):
         parse_mode("int4", 48)
@@ -375,6 +377,9 @@ def test_killed_run_leaves_no_file_under_the_final_name(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True)
     assert done.returncode == -9
     assert not (directory / "model_int8.safetensors").exists()
+    (left,) = directory.glob(".*.partial")
+    with pytest.raises(UserError, match="truncated or no safetensors file"):
+        open_checkpoint(left)
     assert run("--mode", "int8", "--checkpoint_path", directory).returncode == 0
     assert (directory / "model_int8.safetensors").exists()
 
@@ -399,6 +404,40 @@ def test_state_dicts_of_ones_own_modules(mode):
         with pytest.raises(RuntimeError, match="repack=False"):
             other.load_state_dict(state)
     assert (other(x) - want).norm() / want.norm() < 0.02
+
+
+def test_a_state_dict_of_another_format_is_refused():
+    """The same shapes and other meanings: nothing else would show it."""
+
+    def net(mode: str, groupsize: int | None = None) -> nn.Module:
+        return quantize_(nn.Sequential(nn.Linear(128, 32)), mode, groupsize, repack=False)
+
+    for saved, own in (("int4", "uint4"), ("fp6", "fpx-2-3"), ("uint3", "int8dq-int3")):
+        with pytest.raises(RuntimeError, match=f"0 is .*'{own}'.*weights are .*'{saved}'"):
+            net(own).load_state_dict(net(saved).state_dict(), strict=False)
+    with pytest.raises(RuntimeError, match=r"'groupsize': 64.*'groupsize': 32"):
+        net("int4", 64).load_state_dict(net("int4", 32).state_dict())
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4-sparse24", "codebook4", "int4-hqq", "fp16"])
+@pytest.mark.parametrize("name", ["layers.1.self_attn.o_proj", "layers.0.input_layernorm",
+                                  "embed_tokens"])  # fmt: skip
+def test_weights_that_are_no_numbers_are_refused(tmp_path, mode, name):
+    directory, _ = save_tiny(tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    tensors[f"model.{name}.weight"].view(-1)[5] = 1e30 if mode == "fp16" else float("nan")
+    save_file(tensors, directory / "model.safetensors")
+    source, parsed, output = open_checkpoint(directory), parse_mode(mode), tmp_path / "out"
+    with pytest.raises(UserError, match="NaN or inf"):
+        CheckpointQuantizer(source, parsed, head_mode(parsed, None), output).run()
+    assert not output.exists()
+
+
+def test_a_layer_of_no_numbers_is_refused():
+    linear = nn.Linear(64, 8)
+    linear.weight.data[2, 3] = float("inf")
+    with pytest.raises(UserError, match="NaN or inf"):
+        quantize_(linear, "int4")
 
 
 def test_nothing_to_quantize_and_inputs_that_are_no_tuples():
