@@ -302,7 +302,7 @@ class Engine:
                 new = self.prefill_step(chunk, start, last)
                 logits = new if logits is None else torch.where(here[:, None], new, logits)
             position = begin + size
-        if not logits.isfinite().all():
+        if not logits.sum(dtype=torch.float32).isfinite():  # a fifth of isfinite().all()'s time
             raise UserError("logits that are no numbers: a weight is NaN or inf, or fp16 overflows")
         return logits
 
