@@ -42,8 +42,8 @@ from errors import (
     progress,
     write_json,
 )
-from generate import add_cache_argument
 from kernels.choice import KERNELS
+from loading import add_cache_argument
 from model import CONFIGS
 from modes import FLOAT_MODES, Mode, head_mode, mode_names, parse_grouped, parse_mode
 from quantize import default_output

@@ -30,7 +30,7 @@ from engine import (
     configure_compiler,
 )
 from errors import Parser, UserError, check_outputs, check_seed, progress, write_json
-from generate import add_cache_argument, add_model_arguments, load
+from loading import add_cache_argument, add_model_arguments, load
 from measure import device_name, peak_memory, reset_peak_memory, spread, step_bytes
 from model import CONFIGS, Transformer
 

@@ -28,9 +28,10 @@ from calibration import BUNDLED
 from checkpoint import load_model, open_checkpoint
 from engine import configure_compiler
 from errors import Parser, UserError, check_outputs, cli, progress, write_json
-from generate import add_cache_argument, add_model_arguments, load, open_tokenizer
+from loading import add_cache_argument, add_model_arguments, load
 from model import Transformer
 from modes import FLOAT_MODES
+from prompts import open_tokenizer
 from scorer import ROWS, Scorer
 from tokenizer import Tokenizer
 

@@ -16,9 +16,8 @@ import torch
 
 import predict
 import tp
-from backends import check_layers, choose_kernels, use_device
 from chat import Streamer, chat, render_chat
-from checkpoint import load_model, open_checkpoint
+from checkpoint import open_checkpoint
 from engine import (
     COMPILE_MODE,
     COMPILE_MODES,
@@ -35,7 +34,6 @@ from errors import (
     UserError,
     check_outputs,
     check_seed,
-    check_threads,
     cli,
     first_rank,
     processes,
@@ -43,8 +41,7 @@ from errors import (
     write_json,
     written_whole,
 )  # fmt: skip
-from kernels import native
-from kernels.choice import KERNELS
+from loading import add_cache_argument, add_model_arguments, load
 from measure import (
     check_memory,
     device_name,
@@ -55,104 +52,13 @@ from measure import (
     step_bytes,
     weight_bytes,
 )
-from model import CONFIGS, KV_CACHES, Transformer
-from modes import FLOAT_MODES, Mode, head_mode, parse_mode
+from model import CONFIGS, Transformer
 from package import Package
 from prompts import encode_prompt, is_length, open_tokenizer, read_prompts
-from quantize import quantize_
-from random_weights import random_model
 from speculative import SpeculativeEngine
 
 DRAFT_K, LOOKUP_K = 5, 7
 PROMPT = "Hello, my name is"
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which model runs and where; eval.py and scripts/export.py share them."""
-    add = parser.add_argument
-    add("--checkpoint_path", type=Path, help="a file of quantize.py or a Hugging Face directory; "
-        "default: the default model")  # fmt: skip
-    add("--quantization", metavar="MODE", help="quantize on load (modes that need no calibration)")
-    add("--groupsize", type=int, help="with --quantization; default: the format's")
-    add("--precision", choices=FLOAT_MODES,
-        help="type of activations and unquantized weights; default: the checkpoint's")  # fmt: skip
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--threads", type=int, help="CPU threads; default: torch's, one per core")
-    add("--kernels", choices=KERNELS, default="auto", help="auto: ours, C++ on the CPU and Triton "
-        "on a GPU; triton; triton-pdl: Triton with programmatic dependent launch (sm_90); "
-        "inductor: plain PyTorch forms; aten: ATen's int4 and int8 products on a GPU")  # fmt: skip
-    add("--exact_activations", action="store_true",
-        help="CPU: weight-only kernels do not round activations")  # fmt: skip
-
-
-def add_cache_argument(parser: argparse.ArgumentParser) -> None:
-    """The flag of the cache's type, which every script that makes a cache shares."""
-    parser.add_argument("--kv_cache", choices=KV_CACHES, default="bf16",
-        help="bf16 is the model's own type; int8 with a scale per token and head")  # fmt: skip
-
-
-def asked_for(args: argparse.Namespace) -> tuple[torch.dtype | None, Mode | None]:
-    """The dtype and the quantization on load of the shared flags; None: as the checkpoint is."""
-    dtype = FLOAT_MODES.get(args.precision)
-    if not args.quantization:
-        if args.groupsize is not None:
-            raise UserError("--groupsize is of --quantization: a checkpoint has its own")
-        return dtype, None
-    mode = parse_mode(args.quantization, args.groupsize)
-    if mode.needs_checkpoint:
-        raise UserError(f"{mode} is calibrated or timed: write a checkpoint with quantize.py first")
-    if mode.format not in FLOAT_MODES:
-        return dtype, mode
-    if dtype not in (None, FLOAT_MODES[mode.format]):
-        raise UserError(f"--quantization {mode} and --precision {args.precision}: take one")
-    return FLOAT_MODES[mode.format], None
-
-
-def load(args: argparse.Namespace, random_name: str | None = None):
-    """The model that the shared flags ask for -> (Transformer, mode name, directory or None).
-
-    Of the processes of torchrun each gets its share (tp.py).
-    """
-    use_device(args.device)
-    check_threads(args.threads)
-    dtype, mode = asked_for(args)
-    if random_name is not None and args.checkpoint_path:
-        raise UserError("--random_weights needs no --checkpoint_path: take one of them")
-    choose_kernels(args.kernels, args.device)
-    ranks = tp.start(args.device)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    if args.device == "cpu" and args.kernels == "auto":
-        native.exact_activations(args.exact_activations or None)
-    names = {dtype: name for name, dtype in FLOAT_MODES.items()}
-    if random_name is not None:
-        dtype, config = dtype or torch.bfloat16, CONFIGS[random_name]
-        if ranks:
-            model = tp.load_ranked(ranks, None, config, mode, args.device, dtype)
-        else:
-            name = str(mode) if mode else names[dtype]
-            wanted = predict.weight_bytes(config, name, mode and mode.groupsize)[0]
-            check_memory(wanted, f"the weights of {random_name} in {name}", args.device)
-            model = random_model(config, mode, args.device, dtype)
-        check_layers(model)
-        return model, str(mode) if mode else names[dtype], None
-    checkpoint = open_checkpoint(args.checkpoint_path)
-    if mode and checkpoint.header.get("layers"):
-        raise UserError(f"{checkpoint.path} is quantized already: leave --quantization out")
-    if ranks:
-        model = tp.load_ranked(ranks, checkpoint, checkpoint.config, mode, args.device, dtype)
-    else:
-        model = load_model(checkpoint, args.device, dtype)
-    name = checkpoint.header.get("mode", "fp32")
-    if name in FLOAT_MODES:  # --precision may have changed it
-        name = names[model.tok_embeddings.weight.dtype]
-    if mode and not ranks:
-        head = head_mode(mode, None)
-        quantize_(model, str(mode), mode.groupsize, skip=lambda n: n == "output", repack=False)
-        quantize_(model, str(head), head.groupsize)
-    name = str(mode) if mode else name
-    check_layers(model)
-    return model, name, checkpoint.directory
 
 
 def report(engine: Engine, results: list[Result], args, mode: str, compile_s: float) -> dict:

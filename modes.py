@@ -24,6 +24,7 @@ from kernels.linear import Grid, QuantizedLinear
 
 CHUNK = 2**22  # elements of a weight that are worked on at a time
 FLOAT_MODES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FLOAT_NAMES = {dtype: name for name, dtype in FLOAT_MODES.items()}
 
 
 def round_to_nearest(w: Tensor, grid: Grid, stats: InputStatistics | None = None):

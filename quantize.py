@@ -36,6 +36,7 @@ from modes import (
     ALGORITHMS,
     AUTOQUANT,
     FLOAT_MODES,
+    FLOAT_NAMES,
     Mode,
     check_finite,
     head_mode,
@@ -177,12 +178,11 @@ class CheckpointQuantizer:
         self.specs = {n: (state[n].dtype, list(state[n].shape)) for n in ckpt.tensor_names(target)}
         ckpt.check_specs(source, source_model := ckpt.build_model(config, {}, source.dtype),
                          ckpt.tensor_names(source_model))  # fmt: skip
-        names = {dtype: name for name, dtype in FLOAT_MODES.items()}
         kept = head.format in FLOAT_MODES  # in the dtype of the rest, whichever head_mode names
         self.header = {
             "version": ckpt.VERSION, "mode": str(mode), "groupsize": mode.groupsize,
             "algorithm": {"name": mode.algorithm or "rtn", **self.options, **(calibration or {})},
-            "lm_head": names[self.dtype] if kept else str(head), "layers": self.layers,
+            "lm_head": FLOAT_NAMES[self.dtype] if kept else str(head), "layers": self.layers,
             "config": config.to_dict(),
         }  # fmt: skip
         self.writer = ckpt.Writer(output, self.specs, self.header)

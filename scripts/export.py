@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine import Engine, Sampling, configure_compiler
 from errors import Parser, UserError, check_outputs, cli, processes, progress
-from generate import add_cache_argument, add_model_arguments, load
+from loading import add_cache_argument, add_model_arguments, load
 from model import CONFIGS
 from package import write_package
 

@@ -12,7 +12,7 @@ fill() {  # KERNELS COMPILE_MODE MODE...: compile their steps side by side, for 
     for mode in "${@:3}"; do
         flags=(--quantization "${mode%:*}")
         [[ $mode == *:* ]] && flags+=(--groupsize "${mode#*:}")
-        python3 generate.py "${run[@]}" "${flags[@]}" --kernels "$1" --compile --compile_mode "$2" \
+        TORCHINDUCTOR_COMPILE_THREADS=2 python3 generate.py "${run[@]}" "${flags[@]}" --kernels "$1" --compile --compile_mode "$2" \
             --max_new_tokens 8 --cache_size 384 --temperature 0 --ignore_eos >/dev/null 2>&1 &
     done
 }
