@@ -164,7 +164,7 @@ def _open_directory(path: Path) -> Checkpoint:
         if not (path / shard).exists():
             raise UserError(f"{path} has no {shard}: the download is incomplete")
         files |= dict.fromkeys(_names(path / shard)[0], path / shard)
-    return _checked(Checkpoint(path, path, config, {}, files))
+    return _counted(Checkpoint(path, path, config, {}, files))
 
 
 def open_checkpoint(path: Path | str | None = None) -> Checkpoint:
@@ -206,10 +206,11 @@ def open_checkpoint(path: Path | str | None = None) -> Checkpoint:
                 raise UserError(f"{path} uses the unknown format {settings['format']!r}")
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: malformed header ({error!r})") from None
-    return _checked(Checkpoint(path, path.parent, config, header, dict.fromkeys(names, path)))
+    return _counted(Checkpoint(path, path.parent, config, header, dict.fromkeys(names, path)))
 
 
-def _checked(checkpoint: Checkpoint) -> Checkpoint:
+def _counted(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, if it has at least a tensor a layer: a header may announce any number."""
     if checkpoint.config.n_layers > len(checkpoint.files):
         layers, count = checkpoint.config.n_layers, len(checkpoint.files)
         raise UserError(f"{checkpoint.path}: {layers} layers announced, but only {count} tensors")

@@ -51,7 +51,7 @@ class Cut:
     columns: slice | None = None
 
 
-class Plan:
+class Sharding:
     """How every module of a model is cut for one rank of n. `model` is a whole one, on meta."""
 
     def __init__(self, model: Transformer, rank: int, n: int):

@@ -35,7 +35,7 @@ from kernels.linear import Linear, QuantizedLinear
 from model import ModelConfig, Transformer
 from modes import Mode, head_mode, quantize_linear
 from quantize import linear_names
-from sharding import Cut, Plan, Source, local_layer, local_tensor, piece, sizes
+from sharding import Cut, Sharding, Source, local_layer, local_tensor, piece, sizes
 
 T = TypeVar("T")
 
@@ -130,16 +130,18 @@ class ShardedEmbedding(nn.Module):
         return self.ranks.reduce(torch.where(inside[..., None], x, torch.zeros_like(x)))
 
 
-def wrap(name: str, layer: nn.Module, local: nn.Module, plan: Plan, ranks: Ranks) -> nn.Module:
+def wrap(
+    name: str, layer: nn.Module, local: nn.Module, sharding: Sharding, ranks: Ranks
+) -> nn.Module:
     """The local share of `layer` with its communication around it."""
     if name == "tok_embeddings":
-        return ShardedEmbedding(local.weight, plan.vocab[ranks.rank].start, ranks)
+        return ShardedEmbedding(local.weight, sharding.vocab[ranks.rank].start, ranks)
     if name == "output":
-        return GatheredLinear(local, ranks, sizes(plan.vocab))
+        return GatheredLinear(local, ranks, sizes(sharding.vocab))
     if name.endswith(("wo", "w2")):
-        if plan.by_columns(name, layer):
+        if sharding.by_columns(name, layer):
             return ReducedLinear(local, ranks)
-        return GatheredLinear(local, ranks, sizes(plan.width), sizes(plan.inputs(name)))
+        return GatheredLinear(local, ranks, sizes(sharding.width), sizes(sharding.inputs(name)))
     return local
 
 
@@ -213,11 +215,11 @@ def load_sharded(
     model, dtype = build_model(config, layers, stored_dtype), dtype or stored_dtype
     if hasattr(source, "spec"):
         check_specs(source, model, tensor_names(model))
-    plan, names = Plan(model, ranks.rank, ranks.size), set(tensor_names(model))
+    sharding, names = Sharding(model, ranks.rank, ranks.size), set(tensor_names(model))
     for name, layer in list(model.named_modules()):
         own = [n for n in layer.state_dict() if "." not in n and f"{name}.{n}" in names]
         if isinstance(layer, (nn.Embedding, nn.Linear, QuantizedLinear)):
-            cut = plan.cut(name, layer)
+            cut = sharding.cut(name, layer)
             local = local_layer(layer, cut, dtype)
         else:
             cut, local = Cut(), layer
@@ -231,7 +233,7 @@ def load_sharded(
         if name == "output" and not own:  # tied: the same rows of the vocabulary
             local.weight = model.tok_embeddings.weight
         if local is not layer:
-            model.set_submodule(name, wrap(name, layer, local, plan, ranks))
+            model.set_submodule(name, wrap(name, layer, local, sharding, ranks))
     for layer in model.layers:
         layer.attention.heads = config.n_heads // ranks.size
         layer.attention.kv_heads = config.n_kv_heads // ranks.size

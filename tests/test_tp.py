@@ -25,7 +25,7 @@ from model import CONFIGS
 from modes import parse_mode, quantize_linear
 from quantize import CheckpointQuantizer
 from random_weights import random_model
-from sharding import Cut, Plan, column_unit, cuts, local_layer, local_tensor, piece
+from sharding import Cut, Sharding, column_unit, cuts, local_layer, local_tensor, piece
 
 ROOT = Path(__file__).parent.parent
 SHAPE = dict(hidden_size=128, num_attention_heads=8, num_key_value_heads=4, head_dim=16,
@@ -147,8 +147,8 @@ def test_world_sizes_that_do_not_divide_the_heads():
     with torch.device("meta"):
         model = ckpt.build_model(CONFIGS["smollm2-135m"], {}, torch.bfloat16)
     with pytest.raises(UserError, match=r"2 processes cannot share 9 heads.*1 or 3"):
-        Plan(model, 0, 2)
-    Plan(model, 2, 3)
+        Sharding(model, 0, 2)
+    Sharding(model, 2, 3)
 
 
 def test_cuts_cover_everything_once():
