@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything that a GPU has to tell about the kernels, in three parts, estimated at ten minutes each on
-# 16 cores: bash scripts/measure_cuda.sh 1 FOLDER, then 2 and 3. Results appear in FOLDER as they come;
-# a command that fails does not keep the next ones from running.
+# Everything that a GPU has to tell about the kernels, in parts, estimated at ten minutes each on 16
+# cores: bash scripts/measure_cuda.sh 1 FOLDER, then 2, 3 and 4 (which tunes). Results appear in FOLDER
+# as they come; a command that fails does not keep the next ones from running.
 set -u
 cd "$(dirname "$0")/.."
-part=${1:?1, 2 or 3} out=${2:?a folder for the results}
+part=${1:?1, 2, 3 or 4} out=${2:?a folder for the results}
 mkdir -p "$out"
 run=(--random_weights llama-3-8b --device cuda --prompt 128)
 fill() {  # KERNELS COMPILE_MODE MODE...: compile their steps side by side, for `bench` to find in the caches
@@ -58,5 +58,9 @@ case $part in
         fpx-{2-{1,2,3,4,5},3-{1,2,3,4},4-{1,2,3},5-{1,2}})
     python3 scripts/check_cuda.py --json "$out/cuda_checks_rest.json" --checks "${rest// /,}"
     ;;
-*)  echo "error: part $part: take 1, 2 or 3" >&2; exit 2 ;;
+4)  # other block sizes than those of kernels/cuda/linear.py
+    python3 scripts/tune_cuda.py --json "$out/cuda_tune_1.json"
+    python3 scripts/tune_cuda.py --rows 16 --formats int8,int4 --json "$out/cuda_tune_16.json"
+    ;;
+*)  echo "error: part $part: take 1, 2, 3 or 4" >&2; exit 2 ;;
 esac

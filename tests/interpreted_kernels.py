@@ -125,6 +125,26 @@ def test_products_that_time_cuda_times(name):
         assert torch.equal(products([module, module], x)[1](), module(x))
 
 
+@pytest.mark.parametrize("rows", [1, 16])
+def test_other_block_sizes(rows, monkeypatch):
+    """scripts/tune_cuda.py's candidates: they reach the launch, and give the same results."""
+    from kernels.cuda.launch import Launch
+    from scripts.tune_cuda import blocks_of, candidates
+
+    launched, run = [], Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self: (launched.append(self), run(self))[1])
+    assert (64, 2, 4) in candidates()
+    for candidate in ((32, 1, 3), (128, 4, 5)):
+        with blocks_of(candidate):
+            for name in ("int4", "int8"):
+                check(name, 300, 70, rows, BF16)
+                sizes = launched[-1].constants["BLOCK_N"], launched[-1].options["num_warps"]
+                assert sizes == candidate[:2]
+                assert launched[-1].constants["STAGES"] == candidate[2]
+    check("int4", 300, 70, rows, BF16)
+    assert launched[-1].constants["BLOCK_N"] == 64
+
+
 def test_float_weights():
     for dtype in (FP32, BF16, FP16):
         for rows, (k, n) in ((1, (576, 35)), (2, (33, 5)), (16, (100, 70)), (1, (1, 1))):
