@@ -217,6 +217,7 @@ class CheckpointQuantizer:
                 check_finite(weight, name)
                 self.writer.write(name, weight, rows.start)
                 continue
+            check_finite(weight, name)
             linear = nn.Linear(shape[1], len(weight), bias=False, device="meta")
             linear.weight = nn.Parameter(weight, requires_grad=False)
             quantized = quantize_linear(linear, self.modes[module], dtype=self.dtype, grid=grid)
@@ -253,6 +254,7 @@ class CheckpointQuantizer:
             if full_name not in self.modes:
                 continue
             mode, linear = self.modes[full_name], block.get_submodule(name)
+            check_finite(linear.weight, full_name)
             stats = self.stream.statistics(block, name) if self.stream else None
             quantized = quantize_linear(linear, mode, stats, self.dtype, **self.options)
             error = relative_error(linear.weight, quantized)
