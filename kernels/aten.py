@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 INNER_K_TILES = 8  # of the tinygemm layout: 8 tiles of 16 columns
-FORMATS = ("int8", "int8dq", "int4", "float8dq-row", "float8dq-tensor")
+ATEN_FORMATS = ("int8", "int8dq", "int4", "float8dq-row", "float8dq-tensor")
 
 
 def refusal(layer: nn.Module) -> str | None:
     """Why ATen has no product for a quantized layer, or None if it has one."""
-    if layer.name not in FORMATS:
-        return f"ATen has no product for {layer.name}; it has {', '.join(FORMATS)} and the floats"
+    if layer.name not in ATEN_FORMATS:
+        return (
+            f"ATen has no product for {layer.name}; it has {', '.join(ATEN_FORMATS)} and the floats"
+        )
     if layer.name == "int4":
         k, n, size = layer.in_features, layer.out_features, layer.groupsize
         if layer.dtype != torch.bfloat16:

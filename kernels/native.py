@@ -257,7 +257,9 @@ def _register_fakes() -> None:
             codes.shape[0], -(-K // 32) * 256 + -(-K // groupsize) * 64, codes
         ),
         "int4dq_linear": lambda x, tiles, scales, bias, N, K, groupsize: rows(x, N),
-        "coded_linear": lambda x, *rest: rows(x, rest[6]),
+        "coded_linear": lambda x, tiles, scales, zeros, positions, table, bias, N, *rest: rows(
+            x, N
+        ),
         "decode": lambda handle, tokens, embedding, start, last: embedding.new_empty(
             (tokens.shape[0], tokens.shape[1] if last is None else 1, embedding.shape[0])
         ),

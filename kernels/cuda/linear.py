@@ -281,5 +281,8 @@ def _by_library(product, x, planes, scales, row_scales, table, x_scale, bias, k,
 
 
 @triton_linear.register_fake
-def _(x, *rest):
-    return x.new_empty((x.shape[0], rest[9]), dtype=rest[-1])
+def _(
+    x, fours, twos, ones, scales, row_scales, table, arrived, x_scale, bias, n, k, kind, bits,
+    exponent, zero, group, inner, dtype,
+):  # fmt: skip
+    return x.new_empty((x.shape[0], n), dtype=dtype)
