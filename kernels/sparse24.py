@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels import affine
 from kernels.coded import CodedLinear, interleave_rows, plane_tiles
-from kernels.cuda.layout import sparse_planes
+from kernels.cuda.layout import lane_planes
 from kernels.int8dq_int4 import SymmetricGrid
 from kernels.linear import Params
 from kernels.packing import pack, packed_size, unpack
@@ -50,7 +50,7 @@ class Int4Sparse24Linear(CodedLinear):
     name, bits = "int4-sparse24", 4
     default_groupsize = 128
     groupsizes = (0, 32, 64, 128, 256)
-    triton_kind = "sparse"
+    triton_kind = "integer"
 
     def __init__(
         self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None,
@@ -90,18 +90,23 @@ class Int4Sparse24Linear(CodedLinear):
         weight = both[..., 0] | both[..., 1] << 4
         return weight, pack(where[..., 0] | where[..., 1] << 2, 4)
 
-    def dequantize_rows(self, rows: slice) -> Tensor:
-        weight, k = self.weight[rows], self.in_features
+    def codes(self, rows: slice) -> Tensor:
+        """Codes of rows, those of pruned columns too: uint8 [n, K]."""
+        weight = self.weight[rows]
         where = unpack(self.positions[rows], 4, weight.shape[1]).long()
         where = torch.stack([where & 3, where >> 2], -1)  # [n, Q, 2]
-        both = torch.stack([weight & 15, weight >> 4], -1).float() - ZERO
-        values = torch.zeros(*weight.shape, 4, device=weight.device)
-        values = values.scatter(-1, where, both).flatten(1)[:, :k]
-        scales = self.scales[rows].float()
+        both = torch.stack([weight & 15, weight >> 4], -1)
+        codes = weight.new_full((*weight.shape, 4), ZERO)
+        return codes.scatter(-1, where, both).flatten(1)[:, : self.in_features]
+
+    def dequantize_rows(self, rows: slice) -> Tensor:
+        values, scales = self.codes(rows).float() - ZERO, self.scales[rows].float()
         return values * affine.block_expand(scales, (1, self.groupsize), values.shape)
 
     def triton_planes(self) -> list[Tensor | None]:
-        return sparse_planes(self.weight, self.positions)
+        """Dense: spreading kept codes in the loop takes more time than the bytes that it saves."""
+        packed = torch.cat([pack(self.codes(rows), 4) for rows in self.panels()])
+        return lane_planes(packed, 4, self.in_features)
 
     def make_tiles(self) -> None:
         """Kept codes as signed numbers, so that what fills a tile up is 0, and positions."""

@@ -55,7 +55,6 @@ FORMATS = {
     "uint3 g64": ("integer", 3, {"group": 64, "zero": "int"}),
     "uint7 g64": ("integer", 7, {"group": 64, "zero": "int"}),
     "codebook4 g64": ("table", 4, {"group": 64}),
-    "int4-sparse24 g128": ("sparse", 4, {"group": 128}),
     "w4a8 g128": ("integer", 4, {"group": 128, "inner": True, "dtype": torch.int8}),
 }
 
@@ -64,15 +63,14 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def planes(kind: str, bits: int) -> list[torch.Tensor | None]:
+def planes(bits: int) -> list[torch.Tensor | None]:
     """Storage of a weight [N, K], see kernels/cuda/layout.py."""
     if bits == 16:
         return [empty(N, K), None, None]
     if bits == 8:
         return [empty(N, K, dtype=torch.int8), None, None]
-    digits = 3 if kind == "sparse" else bits
     types = {4: torch.int32, 2: torch.int16, 1: torch.int8}
-    return [empty(N, K // 8, dtype=t) if digits & width else None for width, t in types.items()]
+    return [empty(N, K // 8, dtype=t) if bits & width else None for width, t in types.items()]
 
 
 def weight_tensors(kind: str, bits: int, rest: dict):
@@ -82,7 +80,7 @@ def weight_tensors(kind: str, bits: int, rest: dict):
     scales = empty(lines, N, dtype=torch.int32) if group else None
     row_scales = None if kind == "plain" or (group and not rest.get("inner")) else empty(N)
     table = empty(16, dtype=torch.float32) if kind == "table" else None
-    return planes(kind, bits), scales, row_scales, table
+    return planes(bits), scales, row_scales, table
 
 
 def product_launch(

@@ -5,9 +5,9 @@ python scripts/time_cuda.py --formats int4 --kernels triton-pdl --json times.jso
 
 The times are of Llama-3-8B's largest weight [28672, 4096] and 1 to 2048 rows of x, replayed in a
 CUDA graph over several copies of the weight, so that none is in the cache; beside each the same
-product of a plain bf16 weight by the library, timed in turns. Where x is quantized, or its columns
-are put in another order, that is done before. First every format runs once in a process of its own,
-`--jobs` at a time, which fills Triton's cache.
+product of a plain bf16 weight by the library, timed in turns. Where x is quantized, that is done
+before. First every format runs once in a process of its own, `--jobs` at a time, which fills
+Triton's cache.
 """
 
 import argparse

@@ -12,7 +12,7 @@ import torch
 from backends import choose_kernels
 from errors import UserError
 from kernels import choice
-from kernels.cuda.layout import PIECES, lane_planes, sparse_columns, sparse_planes
+from kernels.cuda.layout import PIECES, lane_planes
 from kernels.fpx import float_values
 from kernels.packing import pack
 
@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOATS = [(e, m) for e in range(2, 6) for m in range(1, 8 - e)]  # exponent and mantissa bits
 COMPILED = [  # what inspect_kernels.py's `cases` calls them, rows of x
     *((name, 1) for name in ("bf16", "int8", "int8dq", "float8", "fp6", "int4 g64", "uint3 g64",
-                             "codebook4 g64", "int4-sparse24 g128", "w4a8 g128")),
+                             "codebook4 g64", "int8dq-int4 g128", "w4a8 g128")),
     *((name, 16) for name in ("int8", "int4 g64", "w4a8 g128")),
-    ("bf16", 128), ("int4-sparse24 g128", 128),
+    ("bf16", 128), ("uint3 g64", 128),
     ("int4 g64", 1024), ("embedding", 1), ("attention of a step, int8 cache", 1),
     ("inputs made ready, symmetric", 1), ("inputs made ready, float8", 1),
     ("bf16, normed and gated", 1), ("int4 g64, normed and gated", 1), ("int4 g64, residual", 16),
@@ -315,46 +315,3 @@ def test_splits():
     assert splits(448, 16, 2, 0.1, 132)[0] > 1  # 3.4 each: some would have 4
     assert splits(2004, 16, 2, 0.1, 132)[0] == 1
     assert splits(64, 16, 2, 100, 132)[0] == 1
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_asm_of_sparse_blocks(dtype):
-    """Four lanes at a time, each of their blocks in each of the six patterns."""
-    pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
-    import triton.language as tl
-
-    from kernels.cuda.layout import PATTERNS
-    from kernels.cuda.sparse import sparse_asm
-    from tests.test_ptx import kernel, run
-
-    name = tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
-    for first in range(len(PATTERNS)):
-        where = torch.tensor([PATTERNS[(first + i) % 6] for i in range(8)])  # 4 lanes, 2 blocks
-        codes = torch.randint(0, 16, (8, 2), dtype=torch.uint8)
-        dense = torch.full((8, 4), 8, dtype=torch.uint8).scatter(1, where, codes)
-        weight = torch.zeros(1, 64, dtype=torch.uint8)
-        place = torch.zeros(1, 64, dtype=torch.uint8)
-        column = torch.arange(8) // 2 + 32 * (torch.arange(8) % 2)  # blocks j and 32 + j
-        weight[0, column] = codes[:, 0] | codes[:, 1] << 4
-        place[0, column] = (where[:, 0] | where[:, 1] << 2).to(torch.uint8)
-        _, kept, patterns = sparse_planes(weight, pack(place, 4))
-        inputs = [
-            *kept[0, :4].view(torch.int32).tolist(),
-            *patterns[0, :4].view(torch.int32).tolist(),
-        ]
-        for block in range(2):
-            moves = "".join(f"mov.b32 %r{18 + i}, {v};" for i, v in enumerate(inputs))
-            asm = re.sub(r"\$(\d+)", lambda m: f"%r{10 + int(m[1])}", sparse_asm.fn(block, name))
-            stores = "".join(f"st.global.b32 [%rd3+{4 * i}], %r{10 + i};" for i in range(8))
-            out = torch.zeros(8, dtype=torch.int32)
-            run(kernel(moves + asm + stores), (1,), [torch.zeros(32), out], 0)
-            y = out.view(dtype).double().view(4, 4)  # columns, lanes
-            want = dense[block::2].double().t() + (128 if dtype == torch.bfloat16 else 1024)
-            assert torch.equal(y, want)
-
-
-def test_sparse_columns():
-    order = sparse_columns(torch.arange(256.0)).long()
-    h, j, c = 1, 5, 3
-    assert order[32 * (4 * h + c) + j] == 128 * h + 4 * j + c
-    assert torch.equal(order.sort().values, torch.arange(256))

@@ -4,7 +4,6 @@ layout.py      weights as the kernels read them
 weight.py      a linear layer's weight, what `repack` leaves on a GPU
 tiles.py       device functions: a tile of any format's weights, decoded in registers
 lookup.py      the same of 4-bit codes that are indices into a table
-sparse.py      the same of 2:4 codes
 products.py    the kernels of the linear layer, one template for all formats
 linear.py      block sizes and splits, launches, the operator
 attention.py   attention over the filled part of a cache

@@ -51,7 +51,7 @@ class Product:
 
     rows: int
     n: int
-    k: int  # columns of x, in the order of the lanes for 2:4
+    k: int
     dtype: torch.dtype  # of x; int8: the sums are int32
     kind: str
     bits: int = 8
@@ -68,12 +68,12 @@ class Product:
     @property
     def integers(self) -> bool:
         """Whether codes of less than 8 bits are evenly spaced."""
-        return self.laned and self.kind in ("integer", "sparse")
+        return self.laned and self.kind == "integer"
 
     @property
     def mid(self) -> int:
         """The code of 0 where no zero is stored."""
-        return 2 ** (self.bits - 1) if self.kind in ("integer", "sparse") else 0
+        return 2 ** (self.bits - 1) if self.kind == "integer" else 0
 
     def constants(self) -> dict:
         """What the template's device functions take."""
@@ -84,8 +84,8 @@ class Product:
 
     def ways(self, block_m: int) -> dict:
         """LATE and PAIRS, see products.matmul. Groups that fill no slots take neither way."""
-        g, tile = self.group, 128 if self.kind == "sparse" else LANES
-        whole_slots = g == 0 or (g % tile == 0 and (CHUNK % g == 0 or g % CHUNK == 0))
+        g = self.group
+        whole_slots = g == 0 or (g % LANES == 0 and (CHUNK % g == 0 or g % CHUNK == 0))
         if self.dtype == torch.int8:
             return {"LATE": False, "PAIRS": self.integers and self.bits == 4}
         half = self.dtype in (torch.bfloat16, torch.float16)
@@ -239,10 +239,9 @@ def triton_linear(
 ) -> Tensor:  # fmt: skip
     """y [M, N] in `dtype` = (x [M, K] times the weight) x_scale [M] + bias. See TritonWeight.
 
-    x is bf16, fp16, fp32, or int8, which is multiplied in integers; for 2:4, in the lanes' order
-    unless it has DEQUANTIZE_ROWS rows. The planes are those of layout.py, 8 bits and more in
-    `fours`; scales [G, N]; row_scales [N]; table fp32 [16]; arrived int32 zeros, which it leaves as
-    they were. Without `arrived` the columns are not split.
+    x is bf16, fp16, fp32, or int8, which is multiplied in integers. The planes are those of
+    layout.py, 8 bits and more in `fours`; scales [G, N]; row_scales [N]; table fp32 [16]; arrived
+    int32 zeros, which it leaves as they were. Without `arrived` the columns are not split.
     """
     if kind == "e4m3" and not converts_float8(x.device):
         kind = "float"

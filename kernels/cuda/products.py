@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from kernels.cuda.lookup import looked_up, table_words
-from kernels.cuda.sparse import sparse_block, sparse_codes
 from kernels.cuda.tiles import (
     code_pairs,
     code_quads,
@@ -250,7 +249,7 @@ def matmul(
     EVEN: no chunk ends behind the last column.
     LATE: a group's scale meets its sums, not every weight, so that the operands are exact.
     PAIRS: codes come by `code_pairs`, those whose scale is not LATE by `scaled_pairs`, those that
-    meet an int8 x by `code_quads`, 2:4 and tables by byte permutations. The sums of x that bases
+    meet an int8 x by `code_quads`, tables by byte permutations. The sums of x that bases
     and zeros ask for are a product with ones.
     What a Transformer does in between, where it is given: `squares` [M, PARTS], the result over the
     rms of the x that they are of; GATED, half the rows are gates and out [M, N / 2] is silu(gate)
@@ -280,7 +279,6 @@ def matmul(
     SUMS: tl.constexpr = LATE and (BASE != 0 or ZERO != "none")
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32 if INTEGER else tl.float32)
     units = tl.full([BLOCK_N, J], 1.0, tl.float32).to(x.dtype.element_ty)
-    SPREAD: tl.constexpr = KIND == "sparse" and PAIRS and not INTERPRET
     LOOKED_UP: tl.constexpr = KIND == "table" and PAIRS and not INTERPRET
     CODED: tl.constexpr = PAIRS and KIND != "table"
     if LOOKED_UP:
@@ -290,8 +288,6 @@ def matmul(
         a = load_lanes(fours, start + chunk * J, mask)
         b = load_lanes(twos, start + chunk * J, mask)
         c = load_lanes(ones, start + chunk * J, mask)
-        if KIND == "sparse" and not SPREAD:
-            a = sparse_codes(b, c)
         first = chunk * (SLOTS * J)
         s, zero = 0.0, 0.0
         part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -299,16 +295,14 @@ def matmul(
         for slot in tl.static_range(SLOTS):
             k = first + slot * J
             xk = x_tile(x_start + k, k + lanes, m_ok, K, EVEN)
-            if GROUP != 0 and not same_group(slot, KIND, GROUP, J):
+            if GROUP != 0 and not same_group(slot, GROUP, J):
                 s, zero = group_scale(
-                    scales, first, lanes, near, n_lines, N, slot, KIND, ZERO, GROUP, INNER, J
+                    scales, first, lanes, near, n_lines, N, slot, ZERO, GROUP, INNER, J
                 )
-            if SPREAD and slot % 4 == 0:
-                w0, w1, w2, w3 = sparse_block(b, c, slot // 4, xk.dtype)
             if LOOKED_UP and slot % 4 == 0:
                 half = lane_words(a, b, c, BITS)[slot // 4]
                 w0, w1, w2, w3 = looked_up(half, words, xk.dtype)
-            if SPREAD or LOOKED_UP:
+            if LOOKED_UP:
                 w, w0, w1, w2 = w0, w1, w2, w3
                 if not LATE and GROUP != 0:
                     w = (w - CENTRE) * s.to(xk.dtype)
@@ -325,7 +319,7 @@ def matmul(
                 part = dot(w, xk, part, False, INTERPRET)
                 if SUMS:
                     total = dot(units_like(units, c, INTERPRET), xk, total, False, INTERPRET)
-                if group_ends(slot, SLOTS, KIND, GROUP, J):
+                if group_ends(slot, SLOTS, GROUP, J):
                     acc = add_group(acc, part, total, s, zero, MID, ZERO, GROUP, CENTRE, SUMS)
                     part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
                     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -369,24 +363,19 @@ def dequantize(
     a = load_lanes(fours, offsets, mask)
     b = load_lanes(twos, offsets, mask)
     c = load_lanes(ones, offsets, mask)
-    if KIND == "sparse":
-        a = sparse_codes(b, c)
     first = chunk * (SLOTS * J)
     s, zero = 0.0, 0.0
     for slot in tl.static_range(SLOTS):
-        if GROUP != 0 and not same_group(slot, KIND, GROUP, J):
+        if GROUP != 0 and not same_group(slot, GROUP, J):
             s, zero = group_scale(
-                scales, first, lanes, near, n_lines, N, slot, KIND, ZERO, GROUP, INNER, J
+                scales, first, lanes, near, n_lines, N, slot, ZERO, GROUP, INNER, J
             )
         w = scaled_value(
             a, b, c, table, s, zero, slot, KIND, BITS, EXPONENT, MID, ZERO, GROUP, INNER
         )  # fmt: skip
         if row_scales is not None:
             w = w.to(tl.float32) * tl.load(row_scales + near).to(tl.float32)[:, None]
-        if KIND == "sparse":  # back from the lanes' order to that of the columns
-            k = first + (slot // 4) * 128 + lanes * 4 + slot % 4
-        else:
-            k = first + slot * J + lanes
+        k = first + slot * J + lanes
         pointers = out + rows.to(tl.int64)[:, None] * K + k[None, :]
         inside = (rows < N)[:, None] & (k < K)[None, :]
         tl.store(pointers, w.to(out.dtype.element_ty), mask=inside)

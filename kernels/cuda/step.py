@@ -14,7 +14,7 @@ that another kernel could have made on its way.
 An RMSNorm is two factors. The kernel that makes x also leaves x times the norm's weight, and sums
 of squares; the product's result is over the rms of those. The arithmetic is that of the modules,
 rounded less often. A kernel more runs in front of a product, and does the norm too, where a format
-quantizes its inputs or wants them in another order (2:4), where wo has an input scale, and in fp16:
+quantizes its inputs, where wo has an input scale, and in fp16:
 
     ready      RMSNorm, input scale, dynamic quantization
 """
@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from kernels.activations import FLOAT8_TOKEN, int8_asymmetric, int8_symmetric
 from kernels.cuda.attention import attention_launches
 from kernels.cuda.launch import Launch, card
-from kernels.cuda.layout import CHUNK
 from kernels.cuda.linear import Between, Product, converts_float8, matmul_launch
 from kernels.cuda.products import mean_root
 from kernels.cuda.tiles import round_even, wait_for_others
@@ -70,10 +69,10 @@ def e4m3(x):
 @triton.jit
 def ready(
     x, norm, squares, input_scale, eps, out, x_scale, K,
-    WAY: tl.constexpr, SPARSE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    WAY: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
     PARTS_BLOCK: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K] -> out [M, K], x_scale [M]; 2:4: [M, 256 ceil(K / 256)]. Grid (M).
+    """x [M, K] -> out [M, K], x_scale [M]. Grid (M).
 
     RMSNorm and input scale round to DTYPE, as the modules do; WAY: activations.py's.
     """
@@ -106,12 +105,7 @@ def ready(
     if WAY != "none":
         tl.store(x_scale + m, scale)
     v = v.to(out.dtype.element_ty)
-    if SPARSE:  # layout.sparse_columns: column 128 h + 4 j + c comes to 128 h + 32 c + j
-        i = i // 128 * 128 + i % 4 * 32 + i % 128 // 4
-        width = tl.cdiv(K, 256) * 256
-        tl.store(out + m * width + i, v, mask=i < width)
-    else:
-        tl.store(out + m * K + i, v, mask=ok)
+    tl.store(out + m * K + i, v, mask=ok)
 
 
 def embed_launch(
@@ -128,15 +122,15 @@ def embed_launch(
 
 def ready_launch(
     x: Tensor, norm: Tensor | None, squares: Tensor | None, input_scale: Tensor | None, eps: float,
-    out: Tensor, x_scale: Tensor | None, way: str, sparse: bool = False,
+    out: Tensor, x_scale: Tensor | None, way: str,
 ) -> Launch:  # fmt: skip
-    """x [M, K] and its sums of squares [M, parts] -> out [M, K or more], x_scale [M]."""
+    """x [M, K] and its sums of squares [M, parts] -> out [M, K], x_scale [M]."""
     k, parts = x.shape[1], 1 if squares is None else squares.shape[1]
     arguments = {"x": x, "norm": norm, "squares": squares, "input_scale": input_scale, "eps": eps,
                  "out": out, "x_scale": x_scale, "K": k}  # fmt: skip
     constants = {
-        "WAY": way, "SPARSE": sparse, "PARTS": parts,
-        "BLOCK": triton.next_power_of_2(max(out.shape[1], k)),
+        "WAY": way, "PARTS": parts,
+        "BLOCK": triton.next_power_of_2(k),
         "PARTS_BLOCK": triton.next_power_of_2(parts), "DTYPE": TYPES[x.dtype],
     }  # fmt: skip
     return Launch(ready, (x.shape[0],), arguments, constants, {"num_warps": 8})
@@ -183,11 +177,10 @@ class FusedLinear:
             planes = [packed.fours, packed.twos, packed.ones]
             rest = (packed.scales, packed.row_scales, packed.table, packed.arrived)
             self.tensors = (planes, *rest)
-        self.sparse = self.form["kind"] == "sparse"
         factors = [f for f in (norm, self.input_scale) if f is not None]
         # Not yet over its rms, a large x times a norm's weight passes what fp16 holds.
         large = norm is not None and norm.dtype == torch.float16
-        self.early = self.sparse or self.way != "none" or large or bool(factors and not weighted)
+        self.early = self.way != "none" or large or bool(factors and not weighted)
         self.factor = None
         if factors and not self.early:
             self.factor = factors[0] if len(factors) == 1 else factors[0].float() * factors[1]
@@ -216,13 +209,12 @@ class FusedLinear:
     def ready(self, x: Tensor, squares: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x [M, K] as the product takes it, and the scales of its rows."""
         dtype = {"symmetric": torch.int8, "none": x.dtype}.get(self.way, torch.bfloat16)
-        width = -(-self.k // CHUNK) * CHUNK if self.sparse else self.k
-        out = torch.empty((x.shape[0], width), dtype=dtype, device=x.device)
+        out = torch.empty((x.shape[0], self.k), dtype=dtype, device=x.device)
         x_scale = None
         if self.way != "none":
             x_scale = torch.empty(x.shape[0], device=x.device)
         launch = ready_launch(
-            x, self.norm, squares, self.input_scale, self.eps, out, x_scale, self.way, self.sparse
+            x, self.norm, squares, self.input_scale, self.eps, out, x_scale, self.way
         )
         launch.run()
         return out, x_scale

@@ -11,7 +11,6 @@ KIND says what a code is:
     "float"     a small float: sign, EXPONENT bits, the rest mantissa; no infinity, no NaN
     "integer"   an unsigned number of BITS bits, taken minus MID
     "table"     an index into `table`, fp32
-    "sparse"    2:4, 4-bit integers minus MID once they are spread (sparse.py)
 
 A code's value c becomes the weight w = c s + o, with a scale s and an offset o per row and group:
     ZERO "none"   o = 0
@@ -116,7 +115,7 @@ def float_of(code, BITS: tl.constexpr, EXPONENT: tl.constexpr):
 @triton.constexpr_function
 def pair_base(KIND, dtype):
     """What `code_pairs` adds to an integer: a power of two whose last mantissa bit counts 1."""
-    if KIND not in ("integer", "sparse"):
+    if KIND != "integer":
         return 0
     return 128 if dtype == tl.bfloat16 else 1024
 
@@ -315,58 +314,45 @@ def value_of(
 
 
 @triton.jit
-def group_columns(
-    first, slot: tl.constexpr, lanes, KIND: tl.constexpr, GROUP: tl.constexpr,
-    J: tl.constexpr,
-):  # fmt: skip
+def group_columns(first, slot: tl.constexpr, lanes, GROUP: tl.constexpr, J: tl.constexpr):
     """The group of each column, [J], or one number where the tile lies in one group.
 
-    `first` is the chunk's first column; see layout.py for the columns of a 2:4 lane.
+    `first` is the chunk's first column.
     """
-    if KIND == "sparse":
-        begin = first + (slot // 4) * 128
-        if GROUP % 128 == 0:
-            return begin // GROUP
-        else:
-            return (begin + lanes * 4 + slot % 4) // GROUP
+    begin = first + slot * J
+    if GROUP % J == 0:
+        return begin // GROUP
     else:
-        begin = first + slot * J
-        if GROUP % J == 0:
-            return begin // GROUP
-        else:
-            return (begin + lanes) // GROUP
+        return (begin + lanes) // GROUP
 
 
 @triton.constexpr_function
-def same_group(slot, KIND, GROUP, J):
+def same_group(slot, GROUP, J):
     """Whether all columns of this slot lie in the group of all those of the slot before."""
     if slot == 0 or GROUP == 0:
         return GROUP == 0
-    elif KIND == "sparse":
-        return GROUP % 128 == 0 and (slot % 4 != 0 or GROUP % 256 == 0)
-    else:
-        whole = 256 % GROUP == 0 or GROUP % 256 == 0
-        return whole and GROUP % J == 0 and (slot * J) % GROUP != 0
+    whole = 256 % GROUP == 0 or GROUP % 256 == 0
+    return whole and GROUP % J == 0 and (slot * J) % GROUP != 0
 
 
 @triton.constexpr_function
-def group_ends(slot, SLOTS, KIND, GROUP, J):
+def group_ends(slot, SLOTS, GROUP, J):
     """Whether the chunk or the group, of whole slots, ends with this slot."""
-    return slot == SLOTS - 1 or not same_group(slot + 1, KIND, GROUP, J)
+    return slot == SLOTS - 1 or not same_group(slot + 1, GROUP, J)
 
 
 @triton.constexpr_function
-def odd_group(slot, KIND, GROUP, J):
+def odd_group(slot, GROUP, J):
     """0 or 1 where it is known whether the number of a slot's group is odd, else None."""
-    if GROUP == 0 or 128 % GROUP or GROUP % (128 if KIND == "sparse" else J):
+    if GROUP == 0 or 128 % GROUP or GROUP % J:
         return None
-    return (slot // 4 if KIND == "sparse" else slot * J // GROUP) % 2
+    return slot * J // GROUP % 2
 
 
 @triton.jit
 def group_scale(
-    scales, first, lanes, near, n_lines, N, slot: tl.constexpr, KIND: tl.constexpr,
-    ZERO: tl.constexpr, GROUP: tl.constexpr, INNER: tl.constexpr, J: tl.constexpr,
+    scales, first, lanes, near, n_lines, N, slot: tl.constexpr, ZERO: tl.constexpr,
+    GROUP: tl.constexpr, INNER: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """s and the zero of a tile: [BLOCK_N, 1], or [BLOCK_N, J] where groups do not fit the tile.
 
@@ -374,7 +360,7 @@ def group_scale(
     there meets an x that is not 0.
     """
     TWO_SCALES: tl.constexpr = ZERO == "none"  # in a word
-    group = group_columns(first, slot, lanes, KIND, GROUP, J)
+    group = group_columns(first, slot, lanes, GROUP, J)
     line = tl.minimum(group // 2 if TWO_SCALES else group, n_lines - 1)
     if group.type.is_block():
         word = tl.load(scales + ((line * N)[None, :] + near[:, None]))
@@ -382,7 +368,7 @@ def group_scale(
     else:
         word = tl.load(scales + (line * N + near))[:, None]
         odd = group % 2
-    ODD: tl.constexpr = odd_group(slot, KIND, GROUP, J)
+    ODD: tl.constexpr = odd_group(slot, GROUP, J)
     if TWO_SCALES:
         half = word >> (16 * (odd if ODD is None else ODD))
         if INNER:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.cuda.layout import CHUNK, DEQUANTIZE_ROWS, sparse_columns
+from kernels.cuda.layout import CHUNK
 
 
 class TritonWeight(nn.Module):
@@ -12,7 +12,7 @@ class TritonWeight(nn.Module):
 
     Args:
         n, k: its shape.
-        kind: "plain", "int8", "e4m3", "float", "integer", "table" or "sparse", see tiles.py.
+        kind: "plain", "int8", "e4m3", "float", "integer" or "table", see tiles.py.
         planes: its codes (layout.py); of 8 bits and more: one plane [N, K].
         bits, exponent: of a code, and of its exponent where it is a small float.
         groupsize: columns that share a scale, 0: none do.
@@ -64,10 +64,8 @@ class TritonWeight(nn.Module):
         return y.view(*x.shape[:-1], self.n)
 
     def arranged(self, x: Tensor) -> Tensor:
-        """x [..., K] as `product` takes it: [M, K], or the columns of the 2:4 lanes."""
+        """x [..., K] as `product` takes it: [M, K]."""
         flat = x.reshape(-1, x.shape[-1])
-        if self.kind == "sparse" and flat.shape[0] < DEQUANTIZE_ROWS:
-            flat = sparse_columns(flat)
         if self.exponent == 5 and x.dtype == torch.float16:
             flat = flat.float()  # codes of 5 exponent bits pass fp16's largest number
         return flat
