@@ -189,9 +189,14 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """How tokens are drawn; a UserError for numbers that make no sense."""
+    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
+
+
 def make_engine(model: Transformer, length: int, batch: int, args: argparse.Namespace) -> Engine:
     """The engine that the command line asks for: plain, or speculating."""
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
+    sampling = sampling_of(args)
     settings = {
         "batch": batch, "length": length, "kv_cache": args.kv_cache, "seed": args.seed,
         "compile_mode": args.compile_mode if args.compile else None,
@@ -199,11 +204,7 @@ def make_engine(model: Transformer, length: int, batch: int, args: argparse.Name
     }  # fmt: skip
     draft_path, lookup, k = args.draft_checkpoint_path, args.prompt_lookup, args.speculate_k
     if draft_path is None and not lookup:
-        if k is not None:
-            raise UserError("--speculate_k needs --draft_checkpoint_path or --prompt_lookup")
         return Engine(model, sampling, **settings)
-    if lookup and draft_path is not None:
-        raise UserError("--prompt_lookup needs no draft: leave --draft_checkpoint_path out")
     draft = None
     if draft_path is not None:
         flags = {"checkpoint_path": draft_path, "quantization": None, "groupsize": None}
@@ -254,6 +255,11 @@ def check(args: argparse.Namespace) -> None:
     if args.cache_size is not None and args.cache_size < 1:
         raise UserError(f"--cache_size {args.cache_size}: must be at least 1")
     check_seed(args.seed)
+    sampling_of(args)
+    if args.speculate_k is not None and not (args.prompt_lookup or args.draft_checkpoint_path):
+        raise UserError("--speculate_k needs --draft_checkpoint_path or --prompt_lookup")
+    if args.prompt_lookup and args.draft_checkpoint_path:
+        raise UserError("--prompt_lookup needs no draft: leave --draft_checkpoint_path out")
     if args.prompts and args.batch_size > 1:
         raise UserError("--prompts is a batch of its own: leave --batch_size out")
     if not args.compile and (args.compile_prefill or args.compile_mode):
