@@ -78,8 +78,8 @@ def compile_all(name: str, rows: int, n: int, k: int) -> float:
             try:
                 products([module], x)[0]()
                 torch.cuda.synchronize()
-            except Exception as failure:  # too much shared memory, for example
-                print(f"{name} {candidate}: {failure}", file=sys.stderr)
+            except Exception:  # too much shared memory, for example: `tune` says it
+                continue
     return 0.0
 
 
@@ -95,7 +95,10 @@ def tune(name: str, rows: int, repeats: int) -> list[dict]:
             with blocks_of(candidate):
                 try:
                     graphs[candidate] = graph_of(products(modules, x) * 4), len(modules) * 4
-                except Exception:  # already said
+                except Exception as failure:
+                    if candidate is None:
+                        raise
+                    print(f"{name} [{n}, {k}] {candidate} left out: {failure}", file=sys.stderr)
                     del found[candidate]
         for candidate, mine in zip(graphs, times(list(graphs.values()), repeats), strict=True):
             found[candidate].append(statistics.median(mine) * 1e6)

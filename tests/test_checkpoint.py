@@ -102,6 +102,21 @@ def test_writer_leaves_nothing_half_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_not_finished_cannot_be_loaded(tiny):
+    """Whole but for what a killed run has not come to: the temporary file's bytes are all there."""
+    finished = quantized(tiny)
+    source = open_checkpoint(finished)
+    specs = {name: source.spec(name) for name in source.files}
+    with Writer(finished, specs, source.header) as writer:
+        for name in specs:
+            writer.write(name, source.tensor(name))
+        writer.file.flush()
+        assert writer.temporary.stat().st_size == writer.end
+        with pytest.raises(UserError, match="truncated or no safetensors file"):
+            open_checkpoint(writer.temporary)
+    load_model(open_checkpoint(finished))
+
+
 def test_writer_follows_a_link(tmp_path):
     real, link = tmp_path / "real.safetensors", tmp_path / "link.safetensors"
     real.touch()

@@ -377,9 +377,6 @@ def test_killed_run_leaves_no_file_under_the_final_name(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True)
     assert done.returncode == -9
     assert not (directory / "model_int8.safetensors").exists()
-    (left,) = directory.glob(".*.partial")
-    with pytest.raises(UserError, match="truncated or no safetensors file"):
-        open_checkpoint(left)
     assert run("--mode", "int8", "--checkpoint_path", directory).returncode == 0
     assert (directory / "model_int8.safetensors").exists()
 
