@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from backends import choose_kernels
 from checkpoint import Checkpoint, load_model, read_json, repack
-from engine import Engine, Sampling
+from engine import Engine
 from errors import UserError, written_whole
 from modes import FLOAT_MODES, Mode, parse_grouped, quantize_linear
+from sampling import Sampling
 
 WORKING_SET = 2**27  # bytes of weights that one timed pass goes through
 SAMPLE = 64  # inputs of a layer that its signal-to-noise ratio is measured on

@@ -24,7 +24,6 @@ from engine import (
     COMPILE_MODE,
     COMPILE_MODES,
     Engine,
-    Sampling,
     cache_length,
     compiled_graphs,
     configure_compiler,
@@ -33,6 +32,7 @@ from errors import Parser, UserError, check_outputs, check_seed, progress, write
 from loading import add_cache_argument, add_model_arguments, load
 from measure import device_name, peak_memory, reset_peak_memory, spread, step_bytes
 from model import CONFIGS, Transformer
+from sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
 WARM_STEPS = 3  # of every timed run, on top of the warm-up that compiles

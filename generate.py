@@ -23,7 +23,6 @@ from engine import (
     COMPILE_MODES,
     Engine,
     Result,
-    Sampling,
     cache_length,
     compiled_graphs,
     configure_compiler,
@@ -55,6 +54,7 @@ from measure import (
 from model import CONFIGS, Transformer
 from package import Package
 from prompts import encode_prompt, is_length, open_tokenizer, read_prompts
+from sampling import Sampling
 from speculative import SpeculativeEngine
 
 DRAFT_K, LOOKUP_K = 5, 7

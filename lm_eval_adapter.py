@@ -20,9 +20,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 from torch import Tensor
 
-from engine import Engine, Sampling, sample
+from engine import Engine
 from errors import UserError, progress
 from model import Transformer
+from sampling import Sampling, sample
 from scorer import Scorer
 from tokenizer import Tokenizer
 

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch._C._aoti import AOTIModelPackageLoader
 
-from engine import BUCKETS, Engine, sample
+from engine import BUCKETS, Engine
 from errors import UserError
 from kernels import native
 from kernels.choice import kernels
 from kernels.linear import QuantizedLinear
 from model import Transformer
+from sampling import sample
 
 DECODE = "decode"
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 
 from checkpoint import build_model
+from checkpoint_quantizer import linear_names
 from engine import BUCKETS
 from errors import Parser, UserError, cli
 from kernels.formats import FORMATS
 from model import CONFIGS, KV_CACHES, ModelConfig
 from modes import FLOAT_MODES, head_mode, parse_mode
-from quantize import linear_names
 
 EFFICIENCY = 0.7  # of the memory's peak bandwidth, in bf16; published records are 0.64 to 0.78
 LATENCY_S = 10e-6  # of a small all-reduce over NVLink: an assumption

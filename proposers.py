@@ -5,8 +5,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine import Engine, Sampling, draw, greedy_step, probabilities
+from engine import Engine, greedy_step
 from model import Transformer
+from sampling import Sampling, draw, probabilities
 
 NGRAMS = (3, 2)  # lengths of the endings that prompt lookup looks for, the longest first
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import checkpoint as ckpt
 from autoquant import make_plan, read_or_make_plan
 from backends import choose_kernels, use_device
-from calibration import LAYERS, CalibrationStream, InputStatistics, calibration_tokens
-from engine import Engine, Sampling
+from calibration import CalibrationStream, InputStatistics, calibration_tokens
+from checkpoint_quantizer import CheckpointQuantizer, linear_names
+from engine import Engine
 from errors import (
     Parser,
     UserError,
@@ -31,22 +32,18 @@ from errors import (
 from gptq import check_options
 from kernels.formats import FORMATS
 from measure import peak_memory
-from model import ModelConfig, Transformer, TransformerBlock
+from model import Transformer
 from modes import (
     ALGORITHMS,
     AUTOQUANT,
     FLOAT_MODES,
-    FLOAT_NAMES,
     Mode,
-    check_finite,
     head_mode,
     list_modes,
-    make_grid,
     parse_mode,
     quantize_linear,
-    relative_error,
-    row_chunks,
 )
+from sampling import Sampling
 from tokenizer import load_tokenizer
 
 
@@ -151,129 +148,6 @@ def _collect(
     if not all(s.tokens for s in stats.values()):
         raise UserError("a calibrated mode needs `inputs` that reach every linear layer")
     return stats
-
-
-class CheckpointQuantizer:
-    """Quantizes a checkpoint block by block: memory for about one block, the output on disk."""
-
-    def __init__(
-        self, source: ckpt.Checkpoint, mode: Mode, head: Mode, output: Path,
-        device: str = "cpu", stream: CalibrationStream | None = None, options: dict | None = None,
-        calibration: dict | None = None, modes: dict[str, Mode] | None = None,
-    ):  # fmt: skip
-        """`modes` names the mode of each quantized layer; None: `mode`, and `head` for the head."""
-        self.source, self.mode, self.head, self.device = source, mode, head, device
-        self.stream, self.options, self.report = stream, options or {}, []
-        config = source.config
-        self.dtype = FLOAT_MODES.get(mode.format, source.dtype)
-        if modes is None:
-            names = linear_names(config)[:-1] if mode.format not in FLOAT_MODES else []
-            modes = dict.fromkeys(names, mode)
-            if head.format not in FLOAT_MODES:
-                modes["output"] = head
-        self.modes = modes
-        self.layers = {name: m.settings for name, m in modes.items()}
-        target = ckpt.build_model(config, self.layers, self.dtype)
-        state = target.state_dict()
-        self.specs = {n: (state[n].dtype, list(state[n].shape)) for n in ckpt.tensor_names(target)}
-        ckpt.check_specs(source, source_model := ckpt.build_model(config, {}, source.dtype),
-                         ckpt.tensor_names(source_model))  # fmt: skip
-        kept = head.format in FLOAT_MODES  # in the dtype of the rest, whichever head_mode names
-        self.header = {
-            "version": ckpt.VERSION, "mode": str(mode), "groupsize": mode.groupsize,
-            "algorithm": {"name": mode.algorithm or "rtn", **self.options, **(calibration or {})},
-            "lm_head": FLOAT_NAMES[self.dtype] if kept else str(head), "layers": self.layers,
-            "config": config.to_dict(),
-        }  # fmt: skip
-        self.writer = ckpt.Writer(output, self.specs, self.header)
-
-    def run(self, progress: Callable[[str], None] = lambda text: None) -> list[dict]:
-        """Write the file; returns [{name, format, error}] of the quantized layers."""
-        count = self.source.config.n_layers
-        with self.writer, torch.no_grad():
-            for name in ("tok_embeddings.weight", "norm.weight", "output.weight"):
-                if name in self.specs or (name == "output.weight" and "output" in self.layers):
-                    progress(f"{name.split('.')[0]}")
-                    self.write_rows(name)
-            for i in range(count):
-                progress(f"block {i + 1} of {count}")
-                self.write_block(i)
-        return self.report
-
-    def write_rows(self, name: str) -> None:
-        """Copy, or quantize, one big tensor of independent rows a chunk at a time."""
-        module = name.rpartition(".")[0]
-        stored = "tok_embeddings.weight" if self._tied(name) else name
-        shape = self.source.spec(stored)[1]
-        wrong, total, grid = 0.0, 0.0, None
-        if module in self.layers:
-            grid = make_grid(self.modes[module], shape[1], self.dtype)
-            chunks = row_chunks(*shape)
-            grid.learn(self.source.tensor(stored, [r]).to(self.device).float() for r in chunks)
-        for rows in row_chunks(shape[0], shape[1] if len(shape) > 1 else 1):
-            weight = self.source.tensor(stored, [rows]).to(self.device)
-            if module not in self.layers:
-                weight = weight.to(self.dtype)
-                check_finite(weight, name)
-                self.writer.write(name, weight, rows.start)
-                continue
-            check_finite(weight, name)
-            linear = nn.Linear(shape[1], len(weight), bias=False, device="meta")
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-            quantized = quantize_linear(linear, self.modes[module], dtype=self.dtype, grid=grid)
-            size = weight.double().square().sum().item()
-            wrong, total = wrong + relative_error(weight, quantized) ** 2 * size, total + size
-            for key, tensor in quantized.state_dict().items():
-                if rows.start and key in quantized.shared:
-                    continue  # written with the first rows
-                self.writer.write(f"{module}.{key}", tensor, rows.start)
-        if module in self.layers:
-            error = (wrong / total) ** 0.5 if total else 0.0
-            format = self.modes[module].format
-            self.report.append({"name": module, "format": format, "error": error})
-
-    def _tied(self, name: str) -> bool:
-        return name == "output.weight" and self.source.config.tied_head
-
-    def load_block(self, index: int) -> TransformerBlock:
-        """The source's block, in its own dtype (fp32 for calibration, which runs it)."""
-        dtype = torch.float32 if self.stream else self.source.dtype
-        with torch.device("meta"):
-            block = TransformerBlock(self.source.config)
-        for name in list(block.state_dict()):
-            module, _, attribute = name.rpartition(".")
-            tensor = self.source.tensor(f"layers.{index}.{name}").to(self.device, dtype)
-            setattr(block.get_submodule(module), attribute, nn.Parameter(tensor, False))
-        return block
-
-    def write_block(self, index: int) -> None:
-        """Quantize one block's linear layers in running order and write the block."""
-        block = self.load_block(index)
-        for name in LAYERS:
-            full_name = f"layers.{index}.{name}"
-            if full_name not in self.modes:
-                continue
-            mode, linear = self.modes[full_name], block.get_submodule(name)
-            check_finite(linear.weight, full_name)
-            stats = self.stream.statistics(block, name) if self.stream else None
-            quantized = quantize_linear(linear, mode, stats, self.dtype, **self.options)
-            error = relative_error(linear.weight, quantized)
-            self.report.append({"name": full_name, "format": mode.format, "error": error})
-            block.set_submodule(name, quantized)
-        if self.stream:
-            self.stream.advance(block)
-        for name, tensor in block.state_dict().items():
-            full_name = f"layers.{index}.{name}"
-            tensor = tensor.to(self.specs[full_name][0])
-            if tensor.dtype in FLOAT_MODES.values():
-                check_finite(tensor, full_name)
-            self.writer.write(full_name, tensor)
-
-
-def linear_names(config: ModelConfig) -> list[str]:
-    """Every linear layer of the model, the head last."""
-    blocks = [f"layers.{i}.{name}" for i in range(config.n_layers) for name in LAYERS]
-    return [*blocks, "output"]
 
 
 def default_output(source: ckpt.Checkpoint, mode: Mode) -> Path:
@@ -383,15 +257,10 @@ def calibrate(source: ckpt.Checkpoint, args: argparse.Namespace) -> tuple[Calibr
     return CalibrationStream(tokens.to(args.device), embeddings, source.config), how
 
 
-def main() -> None:
-    """Quantize the checkpoint, report."""
-    args = parse_args()
-    if args.list:
-        print(list_modes())
-        return
+def check(args: argparse.Namespace) -> tuple[ckpt.Checkpoint, Mode, Path]:
+    """The source, the mode and the file to write; a UserError for what cannot work."""
     if processes() > 1:
         raise UserError("quantize.py runs in one process: leave torchrun out")
-    begin = time.perf_counter()
     mode = parse_mode(args.mode, args.groupsize)
     fill_in(args, mode)
     check_seed(args.seed)
@@ -407,6 +276,14 @@ def main() -> None:
     output = args.output or default_output(source, mode)
     text = None if args.calibration in ("bundled", "self") else Path(args.calibration)
     check_outputs(args.json, args.plan, replaced=output, inputs=[*source.own_files(), text])
+    return source, mode, output
+
+
+def make_job(
+    args: argparse.Namespace, source: ckpt.Checkpoint, mode: Mode, output: Path,
+    tell: Callable[[str], None],
+) -> CheckpointQuantizer:  # fmt: skip
+    """What is to be done, once calibration samples are there or autoquant has chosen."""
     stream, how, modes, head = None, {}, None, head_mode(mode, args.lm_head)
     algorithm = ALGORITHMS[mode.algorithm]
     given = {name: getattr(args, name, None) for name in algorithm.options}
@@ -415,7 +292,7 @@ def main() -> None:
         names = linear_names(source.config)[: None if head == mode else -1]
         plan = read_or_make_plan(
             args.plan, source, names, list(AUTOQUANT[mode.format]), args.device, args.min_sqnr,
-            args.seed, lambda text: progress(f"{text}, {time.perf_counter() - begin:.0f} s"),
+            args.seed, tell,
         )  # fmt: skip
         modes = plan.modes()
         if head.format in FORMATS:
@@ -425,8 +302,20 @@ def main() -> None:
         if mode.algorithm == "gptq":
             check_options(**options)  # before the long part begins
         stream, how = calibrate(source, args)
-    job = CheckpointQuantizer(source, mode, head, output, args.device, stream, options, how, modes)
-    layers = job.run(lambda text: progress(f"{text}, {time.perf_counter() - begin:.0f} s"))
+    return CheckpointQuantizer(source, mode, head, output, args.device, stream, options, how, modes)
+
+
+def main() -> None:
+    """Quantize the checkpoint, report."""
+    args = parse_args()
+    if args.list:
+        print(list_modes())
+        return
+    begin = time.perf_counter()
+    source, mode, output = check(args)
+    tell = lambda text: progress(f"{text}, {time.perf_counter() - begin:.0f} s")  # noqa: E731
+    job = make_job(args, source, mode, output, tell)
+    layers = job.run(tell)
     seconds = time.perf_counter() - begin
     size = sum(d.itemsize * torch.Size(s).numel() for d, s in job.specs.values())
     progress("")

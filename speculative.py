@@ -32,10 +32,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import Clock, Engine, Rows, Sampling, draw, greedy_step, sample
+from engine import Clock, Engine, Rows, greedy_step
 from errors import UserError
 from model import Transformer
 from proposers import Draft, PromptLookup, Proposer, distribution
+from sampling import Sampling, draw, sample
 
 CHECK = 8  # rounds between two looks at whether speculation pays
 

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 import errors
 from checkpoint import Checkpoint, build_model, check_specs, repack, tensor_names
+from checkpoint_quantizer import linear_names
 from kernels.linear import Linear, QuantizedLinear
 from model import ModelConfig, Transformer
 from modes import Mode, head_mode, quantize_linear
-from quantize import linear_names
 from sharding import Cut, Sharding, Source, local_layer, local_tensor, piece, sizes
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ All in fp32, whatever the dtype of x. Sources: the int8 and float8 dynamic schem
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # How the C++ product of n-bit codes quantizes x; 0: not at all.
 ASYMMETRIC, FLOAT8_TOKEN, FLOAT8_TENSOR = 1, 2, 3
@@ -38,6 +38,16 @@ def float8(x: Tensor, per_token: bool) -> tuple[Tensor, Tensor]:
     amax = x.abs().amax(-1, keepdim=True) if per_token else x.abs().amax()
     scale = (amax / 448).clamp(min=1e-12)
     return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
+def way_of(layer: nn.Module) -> str | None:
+    """How a layer's inputs are quantized, "none" if not; None: as no Triton kernel does it."""
+    quantize = getattr(layer, "quantize_input", None)
+    if quantize is None:
+        return "none"
+    if getattr(layer, "activations", 0) == FLOAT8_TOKEN:
+        return "float8"
+    return {int8_symmetric: "symmetric", int8_asymmetric: "asymmetric"}.get(quantize)
 
 
 def int8_matmul(x: Tensor, w: Tensor) -> Tensor:

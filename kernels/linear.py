@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import native
+from kernels.activations import way_of
 from kernels.choice import load_triton, triton_on
 from kernels.cuda.weight import TritonWeight, float_product
 
@@ -285,15 +286,19 @@ class QuantizedLinear(nn.Module):
         """x [..., K] as the Triton kernels take it, and the scales [..., 1] of its rows, if any."""
         if self.quantize_input is None:
             return x, None
+        way = way_of(self)
+        if way is not None and not torch.compiler.is_compiling():  # which fuses it with others
+            return torch.ops.flatllama.triton_quantize(x, way)
         q, scale = self.quantize_input(x)
-        # e4m3, and integers of at most 255, are exact in bf16
         return q if q.dtype == torch.int8 else q.to(torch.bfloat16), scale
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_scale is not None:
             x = (x * self.input_scale).to(x.dtype)
-        if self.packed is None:
-            return self.multiply(x)
+        return self.multiply(x) if self.packed is None else self.triton_multiply(x)
+
+    def triton_multiply(self, x: Tensor) -> Tensor:
+        """`multiply` by the Triton kernels."""
         q, scale = self.quantized_input(x)
         return self.packed(q, self.bias, scale, x.dtype)
 

@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine import Engine, Sampling, configure_compiler, skipped_graphs
+from engine import Engine, configure_compiler, skipped_graphs
 from errors import Parser, write_json
 from kernels import choice
 from kernels.attention import attention, attention_reference
@@ -35,6 +35,7 @@ from kernels.linear import Linear, QuantizedLinear
 from model import CONFIGS, ModelConfig, Transformer
 from modes import parse_mode
 from random_weights import random_model
+from sampling import Sampling
 
 ROWS = (1, 2, 7, 16, 17, 64, 100, 600)
 SHAPES = ((4096, 512), (576, 130), (203, 35))  # K, N

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import checkpoint_entry, run_script
+from bench_entries import checkpoint_entry, run_script
 from checkpoint import open_checkpoint
 from errors import Parser, UserError, check_outputs, check_threads, cli, progress, write_json
 from measure import device_name

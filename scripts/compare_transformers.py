@@ -22,13 +22,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from backends import choose_kernels
-from engine import COMPILE_MODES, Engine, Sampling, configure_compiler, skipped_graphs
+from engine import COMPILE_MODES, Engine, configure_compiler, skipped_graphs
 from errors import Parser, UserError, check_device, check_outputs, cli, progress, write_json
 from kernels.choice import KERNELS
 from measure import device_name, read_bandwidth
 from model import CONFIGS, ModelConfig
 from modes import parse_mode
 from random_weights import random_model
+from sampling import Sampling
 
 
 def torchao_config(mode: str):

@@ -14,11 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine import Engine, Sampling, configure_compiler
+from engine import Engine, configure_compiler
 from errors import Parser, UserError, check_outputs, cli, processes, progress
 from loading import add_cache_argument, add_model_arguments, load
 from model import CONFIGS
 from package import write_package
+from sampling import Sampling
 
 
 def parse_args() -> argparse.Namespace:

@@ -125,7 +125,8 @@ def attention_launches(tokens: int, dtype: torch.dtype, fresh: bool = False) -> 
 
 def step_launches(capability: int) -> Iterator[tuple[str, int, Launch]]:
     """What cuda/step.py launches besides: Llama-3-8B, one token."""
-    from kernels.cuda.step import embed_launch, ready_launch
+    from kernels.cuda.inputs import ready_launch
+    from kernels.cuda.step import embed_launch
 
     norm, squares = empty(K), empty(1, 64, dtype=torch.float32)
     x, position = empty(1, N), empty(1, dtype=torch.int64)

@@ -11,12 +11,13 @@ import weakref
 import pytest
 import torch
 
-from engine import Engine, Sampling
+from engine import Engine
 from kernels import choice
 from kernels.attention import attention, attention_reference
 from kernels.formats import FORMATS
 from kernels.linear import Linear, QuantizedLinear
 from model import KV_CACHES, ModelConfig, Transformer, rotate
+from sampling import Sampling
 from tests.test_formats import Codebook3, Uint8, quantized, random_weight, unlisted
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -87,6 +88,33 @@ def test_rows_of_every_block(rows):
 def test_other_formats(name):
     check(name, 100, 18, 1, FP32)
     check(name, 100, 18, 3, FP16)
+
+
+@pytest.mark.parametrize("name", ["int8dq", "int8dq-int4", "float8dq-row"])
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+def test_inputs_are_quantized_as_torch_does_it(name, dtype):
+    module, *_ = quantized(name, random_weight(5, 203), None, dtype)
+    x = torch.randn(4, 3, 203).to(dtype) * torch.tensor([1e-6, 1.0, 300.0])[:, None].to(dtype)
+    x[0, 0] = 0
+    want, want_scale = module.quantize_input(x)
+    q, scale = module.quantized_input(x)
+    assert torch.equal(q.float(), want.float()) and torch.equal(scale, want_scale)
+    assert q.dtype == (torch.int8 if name == "int8dq" else BF16)
+
+
+def test_many_rows_of_float8_go_to_the_float8_units(monkeypatch):
+    """Where there are any: here torch's own product on the CPU stands in."""
+    module, *_ = quantized("float8dq-row", random_weight(32, 128), torch.randn(32).bfloat16(), BF16)
+    weight, calls = module.dequantize().double(), []
+    module.repack()
+    monkeypatch.setattr(module, "has_scaled_mm", lambda: True)
+    real = module.scaled_mm
+    monkeypatch.setattr(module, "scaled_mm", lambda *args: calls.append(1) or real(*args))
+    for rows, count in ((16, 0), (17, 1)):
+        x = torch.randn(rows, 128).bfloat16()
+        want = module.rounded_input(x) @ weight.t() + module.bias.double()
+        assert (module(x).double() - want).norm() / want.norm() < TOLERANCE[BF16]
+        assert len(calls) == count
 
 
 @pytest.mark.parametrize("cls", [Codebook3, Uint8])

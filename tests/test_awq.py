@@ -8,11 +8,12 @@ from torch import nn
 from awq import awq, inverse_scale, weight_error
 from calibration import CalibrationStream, InputStatistics
 from checkpoint import load_model, open_checkpoint
+from checkpoint_quantizer import CheckpointQuantizer
 from errors import UserError
 from kernels.formats import FORMATS
 from kernels.int4 import Int4Grid
 from modes import head_mode, make_grid, mode_names, parse_mode, quantize_linear
-from quantize import CheckpointQuantizer, quantize_
+from quantize import quantize_
 
 
 def problem(rows: int = 24, features: int = 96, tokens: int = 300):

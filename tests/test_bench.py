@@ -10,8 +10,10 @@ import pytest
 from tiny_text import save_tiny_with_tokenizer
 
 import bench
+import bench_entries
 import bench_report
-from bench import Entry, make_rows, read_modes
+from bench import make_rows
+from bench_entries import Entry, read_modes
 from bench_report import Row, plot, table
 from calibration import BUNDLED
 from checkpoint import open_checkpoint
@@ -110,7 +112,7 @@ def test_missing_matplotlib_is_one_line(monkeypatch):
 def test_modes_and_group_sizes():
     modes = read_modes(["bf16", "int8", "int4", "int4:128", "x/y.safetensors"], 32)
     assert [getattr(m, "groupsize", "file") for m in modes] == [None, None, 32, 128, "file"]
-    assert [bench.label(m) for m in modes[:4]] == ["bf16", "int8", "int4.g32", "int4.g128"]
+    assert [bench_entries.label(m) for m in modes[:4]] == ["bf16", "int8", "int4.g32", "int4.g128"]
     for bad in ("int9", "int4:x", "int4:", "int4:65", "int8:64"):
         with pytest.raises(UserError):
             read_modes([bad], None)
@@ -120,35 +122,35 @@ def test_files_are_reused_only_if_the_header_matches(tmp_path, monkeypatch):
     source = open_checkpoint(save_tiny_with_tokenizer(tmp_path / "tiny")[0])
     mode, folder = parse_mode("int4", 64), tmp_path / "work"
     folder.mkdir()
-    path = bench.quantized_file(source, mode, folder, "cpu")
+    path = bench_entries.quantized_file(source, mode, folder, "cpu")
     assert path.parent == folder and open_checkpoint(path).header["mode"] == "int4"
     written = []
-    real = bench.run_script
-    monkeypatch.setattr(bench, "run_script", lambda *a: written.append(a) or real(*a))
-    assert bench.quantized_file(source, mode, folder, "cpu") == path and not written
+    real = bench_entries.run_script
+    monkeypatch.setattr(bench_entries, "run_script", lambda *a: written.append(a) or real(*a))
+    assert bench_entries.quantized_file(source, mode, folder, "cpu") == path and not written
     with monkeypatch.context() as patch:
-        patch.setattr(bench, "code_modified", lambda: 2**33)
-        bench.quantized_file(source, mode, folder, "cpu")  # the code is newer
+        patch.setattr(bench_entries, "code_modified", lambda: 2**33)
+        bench_entries.quantized_file(source, mode, folder, "cpu")  # the code is newer
     assert len(written) == 1
     written.clear()
     other = open_checkpoint(save_tiny_with_tokenizer(tmp_path / "other", seed=7)[0])
     before = path.read_bytes()
-    bench.quantized_file(other, mode, folder, "cpu")  # another model of the same shape
+    bench_entries.quantized_file(other, mode, folder, "cpu")  # another model of the same shape
     assert len(written) == 1 and path.read_bytes() != before
     path.rename(folder / "model_int8.safetensors")  # a name that lies
-    bench.quantized_file(source, parse_mode("int8"), folder, "cpu")
+    bench_entries.quantized_file(source, parse_mode("int8"), folder, "cpu")
     assert (
         len(written) == 2
         and open_checkpoint(folder / "model_int8.safetensors").header["mode"] == "int8"
     )
     wider = open_checkpoint(save_tiny_with_tokenizer(tmp_path / "wider", intermediate_size=96)[0])
     with pytest.raises(UserError, match="holds another model"):
-        bench.quantized_file(wider, mode, folder, "cpu")
+        bench_entries.quantized_file(wider, mode, folder, "cpu")
 
 
 def test_a_group_size_of_zero_is_asked_for():
-    assert bench.group_flags(parse_mode("w4a8", 0)) == ["--groupsize", "0"]
-    assert bench.group_flags(parse_mode("int8")) == []
+    assert bench_entries.group_flags(parse_mode("w4a8", 0)) == ["--groupsize", "0"]
+    assert bench_entries.group_flags(parse_mode("int8")) == []
 
 
 def test_perplexities_are_kept_with_their_flags(tmp_path, monkeypatch):
@@ -177,15 +179,15 @@ def test_perplexities_are_kept_with_their_flags(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["model.py", "kernels/int4.py", "kernels/cpu/int4.cpp"])
 def test_every_source_is_code(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(bench, "HERE", tmp_path)
+    monkeypatch.setattr(bench_entries, "HERE", tmp_path)
     for file in ("engine.py", "kernels/cpu/call.h", "README.md", name):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
         os.utime(tmp_path / file, (5, 5))
     os.utime(tmp_path / "README.md", (9, 9))
-    assert bench.code_modified() == 5
+    assert bench_entries.code_modified() == 5
     os.utime(tmp_path / name, (7, 7))
-    assert bench.code_modified() == 7
+    assert bench_entries.code_modified() == 7
 
 
 def test_two_modes_on_a_tiny_model(tmp_path):

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 
 from checkpoint import Writer, build_model, load_model, open_checkpoint, tensor_names
+from checkpoint_quantizer import CheckpointQuantizer
 from errors import UserError
-from quantize import CheckpointQuantizer, head_mode, parse_mode
+from quantize import head_mode, parse_mode
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,

@@ -203,7 +203,7 @@ def test_asm_of_pairs(dtype):
     pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
     import triton.language as tl
 
-    from kernels.cuda.tiles import pair_asm, pair_base
+    from kernels.cuda.pairs import pair_asm, pair_base
 
     name = tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
     base = pair_base.fn("integer", name)
@@ -228,7 +228,7 @@ def register(value: torch.Tensor) -> int:
 
 def test_asm_of_quads():
     pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
-    from kernels.cuda.tiles import quad_asm
+    from kernels.cuda.pairs import quad_asm
 
     for slot in range(8):
         codes = torch.randint(0, 16, (2, 16), dtype=torch.uint8)
@@ -251,7 +251,7 @@ def test_asm_of_scaled_pairs():
     pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
     import triton.language as tl
 
-    from kernels.cuda.tiles import pair_asm
+    from kernels.cuda.pairs import pair_asm
 
     for bits in range(1, 8):
         for slot, mid in ((0, 2 ** (bits - 1)), (7, 2 ** (bits - 1))):

@@ -6,11 +6,12 @@ import dataclasses
 import pytest
 import torch
 
-from engine import Engine, Sampling, compiled_graphs, greedy_step
+from engine import Engine, compiled_graphs, greedy_step
 from kernels.decode import decode
 from kernels.formats import FORMATS
 from model import CONFIGS, Transformer
 from quantize import quantize_
+from sampling import Sampling
 
 ODD = dataclasses.replace(  # no size a multiple of 16, heads in groups of three
     CONFIGS["tiny"], dim=100, n_heads=6, n_kv_heads=2, ffn_dim=173, head_dim=10, max_positions=600,

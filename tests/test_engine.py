@@ -1,22 +1,14 @@
-"""engine.py: compiled equals eager, no recompilation, sampling, batches, cache reuse."""
+"""engine.py: compiled equals eager, no recompilation, batches, cache reuse."""
 
 import pytest
 import torch
 from tiny import save_tiny
 
 from checkpoint import load_model, open_checkpoint
-from engine import (
-    Engine,
-    Sampling,
-    cache_length,
-    compiled_graphs,
-    configure_compiler,
-    greedy,
-    probabilities,
-    sample,
-)
+from engine import Engine, cache_length, compiled_graphs, configure_compiler
 from errors import UserError
 from kernels import native
+from sampling import Sampling
 from scorer import Scorer
 
 GREEDY = Sampling(temperature=0)
@@ -167,39 +159,6 @@ def test_seed_decides_the_sample(tmp_path):
     assert warm.generate([[1, 2]], 50).token_ids == runs[0]
 
 
-@pytest.mark.parametrize(
-    "sampling, expected",
-    [
-        (Sampling(1.0, 0), [0.5, 0.25, 0.15, 0.1]),
-        (Sampling(1.0, 2), [2 / 3, 1 / 3, 0, 0]),
-        (Sampling(1.0, 0, top_p=0.7), [2 / 3, 1 / 3, 0, 0]),
-        (Sampling(1.0, 0, top_p=0.75), [2 / 3, 1 / 3, 0, 0]),
-        (Sampling(1.0, 0, min_p=0.29), [5 / 9, 2.5 / 9, 1.5 / 9, 0]),
-        (Sampling(0.5, 0), [0.25 / 0.345, 0.0625 / 0.345, 0.0225 / 0.345, 0.01 / 0.345]),
-        (Sampling(1.0, 100, top_p=1.0), [0.5, 0.25, 0.15, 0.1]),
-    ],
-)
-def test_sampled_frequencies(sampling, expected):
-    """Chi-square of 4000 draws against the distribution worked out by hand."""
-    p = torch.tensor([0.25, 0.1, 0.5, 0.15])
-    u = torch.rand(4000, generator=torch.Generator().manual_seed(3))
-    drawn = sample(p.log().expand(4000, 4), u, sampling)
-    counts = drawn.bincount(minlength=4)[[2, 0, 3, 1]].double()
-    wanted = torch.tensor(expected, dtype=torch.float64) * 4000
-    assert (counts[wanted == 0] == 0).all()
-    positive = wanted > 0
-    chi2 = ((counts - wanted)[positive] ** 2 / wanted[positive]).sum()
-    assert chi2 < 16.3  # 0.1% point for 3 degrees of freedom
-
-
-def test_extreme_uniforms_stay_in_range():
-    logits = torch.tensor([[0.0, float("-inf"), 1.0]])
-    for u in (0.0, 1 - 2**-24):
-        assert sample(logits, torch.tensor([u]), Sampling(1.0, 0)).item() in (0, 2)
-    p, _ = probabilities(torch.zeros(1, 3), Sampling(1.0, 0, top_p=1e-6))
-    assert (p > 0).sum() == 1
-
-
 def test_cache_length_is_whole_buckets():
     assert [cache_length(n) for n in (0, 1, 64, 65, 1000)] == [64, 64, 64, 128, 1024]
 
@@ -213,13 +172,4 @@ def test_requests_that_do_not_fit_are_refused(tmp_path):
         engine.generate([[]], 5)
     with pytest.raises(UserError, match="context is 1024"):
         Engine(model, GREEDY, length=1025)
-    with pytest.raises(UserError, match="sampling"):
-        Sampling(temperature=-1)
     assert engine.generate([[1] * 60], 4).token_ids[0]
-
-
-def test_greedy_takes_the_first_of_the_largest():
-    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [-2.0, -5.0, -1.0, -1.5]])
-    assert greedy(logits).tolist() == [1, 2]
-    logits = torch.randn(5, 1000)
-    assert torch.equal(greedy(logits), logits.argmax(-1))

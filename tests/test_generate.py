@@ -12,10 +12,10 @@ from tiny_text import save_tiny_with_tokenizer
 
 import generate
 from checkpoint import open_checkpoint
+from checkpoint_quantizer import CheckpointQuantizer
 from engine import Result
 from errors import cli
 from modes import FLOAT_MODES, parse_mode
-from quantize import CheckpointQuantizer
 
 KEYS = {
     "model", "mode", "package", "device", "threads", "compile", "compile_mode", "compiled",

@@ -10,13 +10,14 @@ import pytest
 import torch
 from tiny_text import save_tiny_with_tokenizer
 
-from engine import Engine, Sampling
+from engine import Engine
 from errors import UserError
 from kernels import choice
 from model import CONFIGS
 from modes import parse_mode
 from package import Package, write_package
 from random_weights import random_model
+from sampling import Sampling
 
 ROOT = Path(__file__).parent.parent
 PROMPT = list(range(5, 45))

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from checkpoint import build_model
-from engine import Engine, Sampling
+from checkpoint_quantizer import linear_names
+from engine import Engine
 from errors import UserError
 from measure import step_bytes
 from measure import weight_bytes as measured_bytes
@@ -20,8 +21,8 @@ from predict import (
     prediction_table,
     weight_bytes,
 )
-from quantize import linear_names
 from random_weights import random_model
+from sampling import Sampling
 
 LLAMA = CONFIGS["llama-3.1-8b"]
 

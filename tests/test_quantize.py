@@ -1,4 +1,4 @@
-"""quantize.py: modes, in-place quantization of any module, streamed checkpoints."""
+"""quantize.py: modes, in-place quantization of any module, the command line."""
 
 import copy
 import json
@@ -10,20 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load, load_file, save, save_file
+from safetensors.torch import load, save, save_file
 from tiny import save_tiny
 from torch import nn
 
 import quantize
-from checkpoint import load_model, open_checkpoint, repack
-from engine import Engine, Sampling
+from checkpoint import open_checkpoint, repack
+from engine import Engine
 from errors import UserError
 from huggingface import config_from_hf, hf_names
 from kernels.formats import FORMATS
 from model import CONFIGS, Transformer
-from modes import FLOAT_MODES, head_mode, mode_names, parse_mode
-from quantize import CheckpointQuantizer, quantize_, quantize_linear
+from modes import head_mode, mode_names, parse_mode
+from quantize import quantize_, quantize_linear
 from random_weights import random_model
+from sampling import Sampling
 
 ROOT = Path(__file__).parent.parent
 
@@ -178,44 +179,6 @@ def test_rows_in_chunks_equal_one_piece(monkeypatch):
     for a, b in zip(whole.buffers(), quantize_linear(linear, parse_mode("int4", 32)).buffers(),
                     strict=True):  # fmt: skip
         assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("lm_head", [None, "same", "keep"])
-def test_streamed_equals_in_place(tmp_path, tied, lm_head):
-    directory, _ = save_tiny(tmp_path, torch.bfloat16, tie_word_embeddings=tied)
-    source, mode = open_checkpoint(directory), parse_mode("int4", 32)
-    head = head_mode(mode, lm_head)
-    job = CheckpointQuantizer(source, mode, head, tmp_path / "q.safetensors")
-    report = job.run()
-    model = load_model(source)
-    quantize_(model, "int4", 32, skip=lambda n: n == "output", repack=False)
-    if lm_head != "keep":
-        quantize_(model, str(head), head.groupsize, repack=False)
-    stored = open_checkpoint(tmp_path / "q.safetensors")
-    for name in stored.files:
-        assert torch.equal(stored.tensor(name), model.state_dict()[name]), name
-    assert len(report) == 8 + (lm_head != "keep") and all(0 < r["error"] < 0.2 for r in report)
-
-
-@pytest.mark.parametrize("mode", ["fp32", "fp16"])
-def test_float_modes_convert(tmp_path, mode):
-    directory, reference = save_tiny(tmp_path, torch.bfloat16)
-    parsed = parse_mode(mode)
-    CheckpointQuantizer(
-        open_checkpoint(directory), parsed, head_mode(parsed, None), tmp_path / "f.safetensors"
-    ).run()
-    model = load_model(open_checkpoint(tmp_path / "f.safetensors"))
-    assert model.norm.weight.dtype == {"fp32": torch.float32, "fp16": torch.float16}[mode]
-    assert torch.equal(model.norm.weight.float(), reference.model.norm.weight.float())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_header_names_the_dtype_of_a_kept_head(tmp_path, dtype):
-    source, mode = open_checkpoint(save_tiny(tmp_path, dtype)[0]), parse_mode("int8")
-    path = tmp_path / "q.safetensors"
-    CheckpointQuantizer(source, mode, head_mode(mode, "keep"), path).run()
-    assert FLOAT_MODES[open_checkpoint(path).header["lm_head"]] == dtype
 
 
 def test_random_model_runs():
@@ -414,20 +377,6 @@ def test_a_state_dict_of_another_format_is_refused():
             net(own).load_state_dict(net(saved).state_dict(), strict=False)
     with pytest.raises(RuntimeError, match=r"'groupsize': 64.*'groupsize': 32"):
         net("int4", 64).load_state_dict(net("int4", 32).state_dict())
-
-
-@pytest.mark.parametrize("mode", ["int8", "int4-sparse24", "codebook4", "int4-hqq", "fp16"])
-@pytest.mark.parametrize("name", ["layers.1.self_attn.o_proj", "layers.0.input_layernorm",
-                                  "embed_tokens"])  # fmt: skip
-def test_weights_that_are_no_numbers_are_refused(tmp_path, mode, name):
-    directory, _ = save_tiny(tmp_path)
-    tensors = load_file(directory / "model.safetensors")
-    tensors[f"model.{name}.weight"].view(-1)[5] = 1e30 if mode == "fp16" else float("nan")
-    save_file(tensors, directory / "model.safetensors")
-    source, parsed, output = open_checkpoint(directory), parse_mode(mode), tmp_path / "out"
-    with pytest.raises(UserError, match="NaN or inf"):
-        CheckpointQuantizer(source, parsed, head_mode(parsed, None), output).run()
-    assert not output.exists()
 
 
 def test_a_layer_of_no_numbers_is_refused():

@@ -5,9 +5,10 @@ import torch
 from tiny import save_tiny
 
 from checkpoint import load_model, open_checkpoint
-from engine import Engine, Sampling, compiled_graphs, sample
+from engine import Engine, compiled_graphs
 from errors import UserError
 from quantize import quantize_
+from sampling import Sampling, sample
 from speculative import (
     CHECK,
     Pace,

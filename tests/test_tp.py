@@ -17,14 +17,15 @@ from tiny import save_tiny
 
 import checkpoint as ckpt
 import tp
-from engine import Engine, Sampling
+from checkpoint_quantizer import CheckpointQuantizer
+from engine import Engine
 from errors import UserError
 from kernels import native
 from kernels.formats import FORMATS
 from model import CONFIGS
 from modes import parse_mode, quantize_linear
-from quantize import CheckpointQuantizer
 from random_weights import random_model
+from sampling import Sampling
 from sharding import Cut, Sharding, column_unit, cuts, local_layer, local_tensor, piece
 
 ROOT = Path(__file__).parent.parent

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 import tp
 from checkpoint import open_checkpoint
-from engine import Engine, Sampling
+from engine import Engine
 from kernels import native
+from sampling import Sampling
 from speculative import SpeculativeEngine
 
 GREEDY = Sampling(temperature=0)

@@ -24,9 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.choice import interpreting
+from kernels.cuda.common import dot, operand, round_even, wait_for_others
 from kernels.cuda.launch import Card, Launch, card
-from kernels.cuda.products import dot, operand
-from kernels.cuda.tiles import round_even, wait_for_others
 
 MAX_SPLITS = 64
 PROGRAMS = 2  # wanted on each multiprocessor

@@ -13,32 +13,19 @@ same input gives the same bits. What the tiles hold is said in tiles.py.
 import triton
 import triton.language as tl
 
+from kernels.cuda.common import dot, operand, round_even, wait_for_others
+from kernels.cuda.epilogue import finish, gate, join_splits, mean_root, store_tile
 from kernels.cuda.lookup import looked_up, table_words
+from kernels.cuda.pairs import code_pairs, code_quads, lane_words, pair_base, scaled_pairs
 from kernels.cuda.tiles import (
-    code_pairs,
-    code_quads,
     group_ends,
     group_offset,
     group_scale,
-    lane_words,
     load_lanes,
-    pair_base,
     prefetch,
-    round_even,
     same_group,
-    scaled_pairs,
     value_of,
-    wait_for_others,
 )
-
-
-@triton.jit
-def operand(w, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    """w as x's type. The interpreter misreads int8 made bf16 at once."""
-    if INTERPRET and dtype.is_floating():
-        return w.to(tl.float32).to(dtype)
-    else:
-        return w.to(dtype)
 
 
 @triton.jit
@@ -99,47 +86,6 @@ def weight_tile(
         return operand(w, dtype, INTERPRET)
 
 
-@triton.jit
-def mean_root(squares, m, m_ok, K, eps, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr):
-    """1 / rms of rows of x, [BLOCK_M], from the sums of squares of their parts [M, PARTS]."""
-    part = tl.arange(0, PARTS_BLOCK)
-    mask = m_ok[:, None] & (part < PARTS)[None, :]
-    each = tl.load(squares + (m[:, None] * PARTS + part[None, :]), mask=mask, other=0)
-    return tl.rsqrt(tl.sum(each, axis=1) / K + eps)
-
-
-@triton.jit
-def gate(y, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
-    """silu(gate) * up of rows gate, up, gate, up, ...: [BLOCK_N, BLOCK_M] -> half as many rows."""
-    pairs = tl.permute(tl.reshape(y, [BLOCK_N // 2, 2, BLOCK_M]), (0, 2, 1))
-    a, b = tl.split(pairs)
-    return a / (1 + tl.exp(-a)) * b
-
-
-@triton.jit
-def finish(y, row_scales, x_scale, bias, near, m, m_ok):
-    """Scales and bias of sums y [BLOCK_N, BLOCK_M] -> fp32."""
-    y = y.to(tl.float32)
-    if x_scale is not None:
-        y *= tl.load(x_scale + m, mask=m_ok, other=0).to(tl.float32)[None, :]
-    if row_scales is not None:
-        y *= tl.load(row_scales + near).to(tl.float32)[:, None]
-    if bias is not None:
-        y += tl.load(bias + near).to(tl.float32)[:, None]
-    return y
-
-
-@triton.jit
-def dot(a, b, acc, INTEGER: tl.constexpr, INTERPRET: tl.constexpr):
-    """acc + a b. The interpreter is silently wrong on bf16, so there the operands become fp32."""
-    if INTEGER:
-        return tl.dot(a, b, acc, out_dtype=tl.int32)
-    elif INTERPRET:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    else:
-        return tl.dot(a, b, acc, input_precision="ieee")
-
-
 @triton.constexpr_function
 def ones_asm(dtype):
     """PTX: two ones, whatever $1 is."""
@@ -163,34 +109,26 @@ def units_like(units, lanes, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def weight_rows(N, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
+    """The weight's rows that this program takes; instead of those behind the last, the last.
+
+    GATED: neighbours are a gate and what it gates, N / 2 rows further on.
+    """
+    n = tl.arange(0, BLOCK_N)
+    if GATED:
+        pair = tl.program_id(1) * (BLOCK_N // 2) + n // 2
+        return tl.minimum(pair, N // 2 - 1) + (n % 2) * (N // 2)
+    else:
+        return tl.minimum(tl.program_id(1) * BLOCK_N + n, N - 1)
+
+
+@triton.jit
 def x_tile(pointers, columns, m_ok, K, EVEN: tl.constexpr):
     """Columns [J] of the rows of x, [J, BLOCK_M]."""
     mask = m_ok[None, :]
     if not EVEN:
         mask = mask & (columns < K)[:, None]
     return tl.load(pointers, mask=mask, other=0)
-
-
-@triton.jit
-def store_tile(y, out, residual, out_squares, factor, weighted, m, m_ok, N):
-    """y [BLOCK_N, BLOCK_M] fp32, plus the residual, to out [M, N]; its squares' sums, by tile.
-
-    And to `weighted` [M, N] that times `factor` [N].
-    """
-    n = tl.program_id(1) * y.shape[0] + tl.arange(0, y.shape[0])
-    place = (m.to(tl.int64) * N)[None, :] + n[:, None]
-    mask = (n < N)[:, None] & m_ok[None, :]
-    if residual is not None:
-        y += tl.load(residual + place, mask=mask, other=0).to(tl.float32)
-    stored = y.to(out.dtype.element_ty)
-    tl.store(out + place, stored, mask=mask)
-    y = tl.where(mask, stored.to(tl.float32), 0.0)
-    if weighted is not None:
-        by = tl.load(factor + tl.minimum(n, N - 1)).to(tl.float32)[:, None]
-        tl.store(weighted + place, (y * by).to(out.dtype.element_ty), mask=mask)
-    if out_squares is not None:
-        total = tl.sum(y * y, axis=0)
-        tl.store(out_squares + m * tl.num_programs(1) + tl.program_id(1), total, mask=m_ok)
 
 
 @triton.jit
@@ -209,25 +147,6 @@ def add_group(
     else:
         base = CENTRE if ZERO == "none" else zero + (CENTRE - MID)
         return acc + (part - total * base) * s
-
-
-@triton.jit
-def join_splits(
-    scratch, m_ok, acc, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr
-):
-    """acc plus the sums of all splits, in order. Other programs wrote them: past the L1 cache.
-
-    Small tiles are asked for all at once; large ones would not fit the registers.
-    """
-    if BLOCK_M <= 16:
-        for i in tl.static_range(SPLITS):
-            part = scratch + i * (BLOCK_M * BLOCK_N)
-            acc += tl.load(part, mask=m_ok[None, :], other=0, cache_modifier=".cg")
-    else:
-        for i in range(SPLITS):
-            part = scratch + i * (BLOCK_M * BLOCK_N)
-            acc += tl.load(part, mask=m_ok[None, :], other=0, cache_modifier=".cg")
-    return acc
 
 
 @triton.jit
@@ -258,11 +177,7 @@ def matmul(
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
-    if GATED:  # neighbours in the tile are a gate and what it gates, N / 2 rows further on
-        pair = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N) // 2
-        near = tl.minimum(pair, N // 2 - 1) + (tl.arange(0, BLOCK_N) % 2) * (N // 2)
-    else:
-        near = tl.minimum(tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
+    near = weight_rows(N, BLOCK_N, GATED)
     m_ok = m < M
     begin = split * chunks_per_split
     if PDL:  # weights are there already: they are on their way while the kernel in front ends

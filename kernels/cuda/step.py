@@ -16,7 +16,7 @@ of squares; the product's result is over the rms of those. The arithmetic is tha
 rounded less often. A kernel more runs in front of a product, and does the norm too, where a format
 quantizes its inputs, where wo has an input scale, and in fp16:
 
-    ready      RMSNorm, input scale, dynamic quantization
+    ready      RMSNorm, input scale, dynamic quantization; see inputs.py
 """
 
 import itertools
@@ -27,15 +27,13 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from kernels.activations import FLOAT8_TOKEN, int8_asymmetric, int8_symmetric
+from kernels.activations import way_of
 from kernels.cuda.attention import attention_launches
+from kernels.cuda.common import wait_for_others
+from kernels.cuda.inputs import READY_TYPES, ready_launch
 from kernels.cuda.launch import Launch, card
 from kernels.cuda.linear import Between, Product, converts_float8, matmul_launch
-from kernels.cuda.products import mean_root
-from kernels.cuda.tiles import round_even, wait_for_others
 from kernels.linear import Linear, QuantizedLinear
-
-TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit
@@ -57,57 +55,6 @@ def embed(
         tl.store(weighted + place, (x * by).to(out.dtype.element_ty), mask=c < C)
 
 
-@triton.jit
-def e4m3(x):
-    """fp32 of at most 448 to the nearest e4m3, ties to even, on GPUs that cannot convert too."""
-    bits = x.to(tl.int32, bitcast=True)
-    kept = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-    small = round_even(x * 512).to(tl.float32) / 512  # below 2^-6 the steps are 2^-9
-    return tl.where(tl.abs(x) < 0.015625, small, kept)
-
-
-@triton.jit
-def ready(
-    x, norm, squares, input_scale, eps, out, x_scale, K,
-    WAY: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
-    PARTS_BLOCK: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """x [M, K] -> out [M, K], x_scale [M]. Grid (M).
-
-    RMSNorm and input scale round to DTYPE, as the modules do; WAY: activations.py's.
-    """
-    wait_for_others(PDL)
-    m = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BLOCK)
-    ok = i < K
-    v = tl.load(x + m * K + i, mask=ok, other=0).to(tl.float32)
-    if norm is not None:
-        one = m + tl.zeros([1], tl.int64)
-        root = mean_root(squares, one, one >= 0, K, eps, PARTS, PARTS_BLOCK)
-        v = (v * tl.sum(root, axis=0)).to(DTYPE).to(tl.float32)
-        v = (v * tl.load(norm + i, mask=ok, other=0).to(tl.float32)).to(DTYPE).to(tl.float32)
-    if input_scale is not None:
-        factor = tl.load(input_scale + i, mask=ok, other=0).to(tl.float32)
-        v = (v * factor).to(DTYPE).to(tl.float32)
-    if WAY == "symmetric":
-        scale = tl.maximum(tl.div_rn(tl.max(tl.abs(v), axis=0), 127.0), 1e-5)
-        v = round_even(tl.div_rn(v, scale)).to(tl.float32)
-    elif WAY == "asymmetric":
-        low, high = tl.minimum(tl.min(v, axis=0), 0), tl.maximum(tl.max(v, axis=0), 0)
-        scale = tl.maximum(tl.div_rn(high - low, 255.0), 1.1920928955078125e-07)
-        zero = -128 - round_even(tl.div_rn(low, scale)).to(tl.float32)
-        zero = tl.minimum(tl.maximum(zero, -128), 127)
-        v = round_even(tl.div_rn(v, scale)).to(tl.float32) + zero
-        v = tl.minimum(tl.maximum(v, -128), 127) - zero
-    elif WAY == "float8":
-        scale = tl.maximum(tl.div_rn(tl.max(tl.abs(v), axis=0), 448.0), 1e-12)
-        v = e4m3(tl.minimum(tl.maximum(tl.div_rn(v, scale), -448), 448))
-    if WAY != "none":
-        tl.store(x_scale + m, scale)
-    v = v.to(out.dtype.element_ty)
-    tl.store(out + m * K + i, v, mask=ok)
-
-
 def embed_launch(
     tokens: Tensor, table: Tensor, out: Tensor, squares: Tensor, factor: Tensor | None,
     weighted: Tensor | None,
@@ -118,32 +65,6 @@ def embed_launch(
                  "factor": factor, "weighted": weighted, "C": c}  # fmt: skip
     constants = {"BLOCK_C": triton.next_power_of_2(c)}
     return Launch(embed, (out.shape[0],), arguments, constants, {"num_warps": 8})
-
-
-def ready_launch(
-    x: Tensor, norm: Tensor | None, squares: Tensor | None, input_scale: Tensor | None, eps: float,
-    out: Tensor, x_scale: Tensor | None, way: str,
-) -> Launch:  # fmt: skip
-    """x [M, K] and its sums of squares [M, parts] -> out [M, K], x_scale [M]."""
-    k, parts = x.shape[1], 1 if squares is None else squares.shape[1]
-    arguments = {"x": x, "norm": norm, "squares": squares, "input_scale": input_scale, "eps": eps,
-                 "out": out, "x_scale": x_scale, "K": k}  # fmt: skip
-    constants = {
-        "WAY": way, "PARTS": parts,
-        "BLOCK": triton.next_power_of_2(k),
-        "PARTS_BLOCK": triton.next_power_of_2(parts), "DTYPE": TYPES[x.dtype],
-    }  # fmt: skip
-    return Launch(ready, (x.shape[0],), arguments, constants, {"num_warps": 8})
-
-
-def way_of(layer: nn.Module) -> str | None:
-    """How a layer's inputs are quantized, "none" if not; None: in a way not served here."""
-    quantize = getattr(layer, "quantize_input", None)
-    if quantize is None:
-        return "none"
-    if getattr(layer, "activations", 0) == FLOAT8_TOKEN:
-        return "float8"
-    return {int8_symmetric: "symmetric", int8_asymmetric: "asymmetric"}.get(quantize)
 
 
 class FusedLinear:
@@ -208,7 +129,7 @@ class FusedLinear:
 
     def ready(self, x: Tensor, squares: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x [M, K] as the product takes it, and the scales of its rows."""
-        dtype = {"symmetric": torch.int8, "none": x.dtype}.get(self.way, torch.bfloat16)
+        dtype = READY_TYPES.get(self.way, x.dtype)
         out = torch.empty((x.shape[0], self.k), dtype=dtype, device=x.device)
         x_scale = None
         if self.way != "none":
