@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +85,9 @@ class Checkpoint:
         dtypes, shapes = [], []
         for part in self.stored(name):
             if part not in self.files:
-                raise UserError(f"{self.path} has no tensor {part!r}: incomplete or another model")
+                packed = any(n.endswith((".qweight", ".weight_packed")) for n in self.files)
+                why = "quantized: scripts/convert_quantized.py" if packed else "incomplete"
+                raise UserError(f"{self.path} has no tensor {part!r}: {why}, or another model")
             with safe_open(self.files[part], "pt") as f:
                 view = f.get_slice(part)
                 dtypes.append(view.get_dtype())
@@ -237,10 +240,13 @@ def build_model(config: ModelConfig, layers: dict[str, dict], dtype: torch.dtype
     return model
 
 
-def check_specs(checkpoint: Checkpoint, model: Transformer, names: list[str]) -> None:
-    """Compare what is stored with what the model, all of it `names`, takes: names, shapes, dtypes.
+def check_specs(
+    checkpoint: Checkpoint, model: Transformer, names: list[str], others: Set[str] = frozenset()
+) -> None:
+    """Compare what is stored with what the model takes of `names`: names, shapes, dtypes.
 
-    Before anything is allocated. A tensor that nothing takes means that this is another model.
+    Before anything is allocated. A tensor that nothing takes, and that is not among `others`, means
+    that this is another model.
     """
     expected = model.state_dict()
     for name in names:
@@ -253,7 +259,7 @@ def check_specs(checkpoint: Checkpoint, model: Transformer, names: list[str]) ->
                 f"but its header or config.json says {want.dtype} {list(want.shape)}"
             )
     unused = checkpoint.files.keys() - {part for name in names for part in checkpoint.stored(name)}
-    unused = sorted(n for n in unused if not n.endswith("rotary_emb.inv_freq"))
+    unused = sorted(n for n in unused - others if not n.endswith("rotary_emb.inv_freq"))
     if checkpoint.config.tied_head and "lm_head.weight" in unused and not checkpoint.header:
         unused.remove("lm_head.weight")
     if unused:

@@ -44,8 +44,7 @@ class CheckpointQuantizer:
         target = ckpt.build_model(config, self.layers, self.dtype)
         state = target.state_dict()
         self.specs = {n: (state[n].dtype, list(state[n].shape)) for n in ckpt.tensor_names(target)}
-        ckpt.check_specs(source, source_model := ckpt.build_model(config, {}, source.dtype),
-                         ckpt.tensor_names(source_model))  # fmt: skip
+        self.check_source()
         kept = head.format in FLOAT_MODES  # in the dtype of the rest, whichever head_mode names
         self.header = {
             "version": ckpt.VERSION, "mode": str(mode), "groupsize": mode.groupsize,
@@ -54,6 +53,11 @@ class CheckpointQuantizer:
             "config": config.to_dict(),
         }  # fmt: skip
         self.writer = ckpt.Writer(output, self.specs, self.header)
+
+    def check_source(self) -> None:
+        """A UserError unless the source holds what its config.json says."""
+        model = ckpt.build_model(self.source.config, {}, self.source.dtype)
+        ckpt.check_specs(self.source, model, ckpt.tensor_names(model))
 
     def run(self, progress: Callable[[str], None] = lambda text: None) -> list[dict]:
         """Write the file; returns [{name, format, error}] of the quantized layers."""
