@@ -7,11 +7,14 @@ from model import ModelConfig
 HF_BLOCK = {
     "attention_norm": ["input_layernorm"],
     "attention.wqkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attention.q_norm": ["self_attn.q_norm"],
+    "attention.k_norm": ["self_attn.k_norm"],
     "attention.wo": ["self_attn.o_proj"],
     "ffn_norm": ["post_attention_layernorm"],
     "feed_forward.w13": ["mlp.gate_proj", "mlp.up_proj"],
     "feed_forward.w2": ["mlp.down_proj"],
 }
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # model_type
 HF_TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 
 
@@ -34,8 +37,8 @@ def part_rows(config: ModelConfig, name: str) -> list[int]:
 def config_from_hf(hf: dict) -> ModelConfig:
     """ModelConfig from the contents of a Hugging Face config.json."""
     family = hf.get("model_type")
-    if family not in ("llama", "mistral", "qwen2"):
-        raise UserError(f"model_type {family!r} in config.json: only llama, mistral and qwen2 work")
+    if family not in FAMILIES:
+        raise UserError(f"model_type {family!r} in config.json: only {', '.join(FAMILIES)} work")
     if hf.get("sliding_window") and hf.get("use_sliding_window", family == "mistral"):
         raise UserError("config.json asks for sliding-window attention, which is not supported")
     if hf.get("hidden_act", "silu") != "silu":
@@ -71,4 +74,5 @@ def config_from_hf(hf: dict) -> ModelConfig:
         attention_bias=family == "qwen2" or hf.get("attention_bias", False),
         output_bias=family != "qwen2" and hf.get("attention_bias", False),
         ffn_bias=hf.get("mlp_bias", False),
+        qk_norm=family == "qwen3",
     )  # fmt: skip

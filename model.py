@@ -2,7 +2,8 @@
 
 Touvron et al. 2023 (arXiv 2302.13971); grouped-query attention, Ainslie et al. 2023 (2305.13245);
 rotary embedding in the rotate-half layout of Hugging Face checkpoints, so no weight is permuted;
-its long-context scaling as published with Llama 3.1.
+its long-context scaling as published with Llama 3.1; norms of query and key heads as in Qwen3
+(arXiv 2505.09388).
 
 Shapes: B sequences, T new tokens each, S cache slots, H heads, H_kv key-value heads, D head size,
 C model width, V vocabulary.
@@ -47,6 +48,7 @@ class ModelConfig:
     attention_bias: bool = False  # on wqkv
     output_bias: bool = False  # on wo
     ffn_bias: bool = False
+    qk_norm: bool = False  # an RMSNorm over each query and key head, before the rotation
 
     def __post_init__(self):
         sizes = (self.dim, self.n_layers, self.n_heads, self.n_kv_heads, self.ffn_dim)
@@ -63,9 +65,9 @@ class ModelConfig:
         positive = all(_finite(x) and x > 0 for x in scaling)
         if len(scaling) != 4 or not positive or scaling[1] >= scaling[2]:
             raise ValueError(f"rope scaling by {scaling!r}")
-        flags = (self.tied_head, self.attention_bias, self.output_bias, self.ffn_bias)
+        flags = (self.tied_head, self.attention_bias, self.output_bias, self.ffn_bias, self.qk_norm)
         if any(type(flag) is not bool for flag in flags):
-            raise ValueError("tied_head and the biases must be true or false")
+            raise ValueError("tied_head, qk_norm and the biases must be true or false")
         if self.n_heads % self.n_kv_heads or self.head_dim % 2:
             raise ValueError(f"{self.n_heads} heads of {self.head_dim} on {self.n_kv_heads}")
 
@@ -106,6 +108,10 @@ CONFIGS = {
     ),
     "smollm2-135m": ModelConfig(
         576, 30, 9, 3, 1536, 49152, 64, rope_theta=100000.0, max_positions=8192, tied_head=True
+    ),
+    "qwen3-0.6b": ModelConfig(
+        1024, 28, 16, 8, 3072, 151936, 128, 1e-6, 1000000.0, max_positions=40960, tied_head=True,
+        qk_norm=True,
     ),
     "tiny": ModelConfig(64, 2, 4, 2, 160, 512, 16, max_positions=1024),
 }  # fmt: skip
@@ -216,12 +222,17 @@ class Attention(nn.Module):
         kv_width = config.n_kv_heads * config.head_dim
         self.wqkv = Linear(config.dim, width + 2 * kv_width, bias=config.attention_bias)
         self.wo = Linear(width, config.dim, bias=config.output_bias)
+        norm = config.head_dim, config.norm_eps
+        self.q_norm = RMSNorm(*norm) if config.qk_norm else None
+        self.k_norm = RMSNorm(*norm) if config.qk_norm else None
         self.kv_cache: KVCache | None = None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, position: Tensor):
         """x [B, T, C] at positions [B, T] = start[b] + t; cos, sin [B, T, 1, D / 2]."""
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2 H_kv, D]
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         self.kv_cache.update(k, v, position)
         y = self.kv_cache.attend(q.transpose(1, 2), start)  # [B, H, T, D]

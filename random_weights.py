@@ -32,7 +32,7 @@ def random_model(
             if getattr(module, "bias", None) is not None:
                 module.bias = nn.Parameter(torch.zeros_like(weight[:, 0]), requires_grad=False)
         elif isinstance(module, RMSNorm):
-            ones = torch.ones(config.dim, device=device, dtype=dtype)
+            ones = torch.ones(module.weight.shape, device=device, dtype=dtype)
             module.weight = nn.Parameter(ones, requires_grad=False)
         layer_mode = head if name == "output" else mode
         if isinstance(module, nn.Linear):

@@ -27,11 +27,13 @@ def plan_decode(model: nn.Module) -> Tensor | None:
         int64 [2]: the handle (the plan lives as long as this tensor), and how many rows B T the
         operator takes. None where a linear layer has no form that it takes.
     """
-    layers, norms = [], []
+    layers, norms, head_norms = [], [], []
     for block in model.layers:
         attention, feed_forward = block.attention, block.feed_forward
         layers += [attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2]
         norms += [block.attention_norm.weight, block.ffn_norm.weight]
+        if attention.q_norm is not None:
+            head_norms += [attention.q_norm.weight, attention.k_norm.weight]
     forms = [getattr(layer, "native_form", lambda: None)() for layer in [*layers, model.output]]
     if None in forms or not native.serves(model.norm.weight):
         return None
@@ -41,7 +43,7 @@ def plan_decode(model: nn.Module) -> Tensor | None:
     scaled = [cache for cache in caches if hasattr(cache, "k_scale")]
     config = model.config
     return torch.ops.flatllama.plan_decode(
-        [*norms, model.norm.weight], config.norm_eps, model.rope_cos, model.rope_sin,
+        [*norms, model.norm.weight], head_norms, config.norm_eps, model.rope_cos, model.rope_sin,
         [c.k for c in caches], [c.v for c in caches],
         [c.k_scale for c in scaled], [c.v_scale for c in scaled],
         config.n_heads, config.ffn_dim, config.vocab_size,

@@ -16,7 +16,7 @@ from kernels import choice
 from kernels.attention import attention, attention_reference
 from kernels.formats import FORMATS
 from kernels.linear import Linear, QuantizedLinear
-from model import KV_CACHES, ModelConfig, Transformer, rotate
+from model import KV_CACHES, ModelConfig, RMSNorm, Transformer, rotate
 from sampling import Sampling
 from tests.test_formats import Codebook3, Uint8, quantized, random_weight, unlisted
 
@@ -253,7 +253,7 @@ def random_model(dtype, n_layers=1, **settings):
     config = ModelConfig(
         dim=72, n_layers=n_layers, n_heads=6, n_kv_heads=2, ffn_dim=100, vocab_size=150,
         head_dim=12, max_positions=64, attention_bias=True, output_bias=True, ffn_bias=True,
-        **settings,
+        qk_norm=dtype != FP16, **settings,
     )  # fmt: skip
     model = Transformer(config)
     for name, parameter in model.named_parameters():
@@ -428,7 +428,7 @@ NEW_TOKENS = [  # as above; new slots that begin and end blocks of 32 and 64, an
 @pytest.mark.parametrize("case", NEW_TOKENS, ids=str)
 def test_attention_of_new_tokens(case, kind, dtype=FP32):
     """Rotated, in the cache and attended to by one kernel, against the modules' three."""
-    from kernels.cuda.attention import attention_launches
+    from kernels.cuda.attention import Fresh, attention_launches
     from kernels.cuda.launch import card
 
     b, h, hkv, t, s, d, start = case
@@ -440,7 +440,14 @@ def test_attention_of_new_tokens(case, kind, dtype=FP32):
     position, table = start[:, None] + torch.arange(t), (angles.cos(), angles.sin())
     qkv = torch.randn(b, t, h + 2 * hkv, d).to(dtype)
 
-    turned = rotate(qkv[:, :, : h + hkv], *(x[position][:, :, None] for x in table))
+    unturned, weights = qkv[:, :, : h + hkv].float(), (None, None)
+    if d != 64:  # norms of heads; all that the kernel rounds is what comes out
+        norms = [RMSNorm(d, 1e-5).requires_grad_(False) for _ in range(2)]
+        weights = [torch.rand(d).to(dtype) + 0.5 for _ in range(2)]
+        for norm, weight in zip(norms, weights, strict=True):
+            norm.weight.copy_(weight)
+        unturned = torch.cat([norms[0](unturned[:, :, :h]), norms[1](unturned[:, :, h:])], 2)
+    turned = rotate(unturned, *(x[position][:, :, None] for x in table)).to(dtype)
     other.update(turned[:, :, h:], qkv[:, :, h + hkv :], position)
     names = ("k", "v", "k_scale", "v_scale")
     want_k, want_v, *want_scales = (getattr(other, name, None) for name in names)
@@ -450,7 +457,9 @@ def test_attention_of_new_tokens(case, kind, dtype=FP32):
     k, v, *scales = (getattr(cache, name, None) for name in names)
     q, *new = qkv.transpose(1, 2).split([h, hkv, hkv], dim=1)
     out, on = torch.empty(b, t, h, d, dtype=dtype).transpose(1, 2), card(k.device)
-    for launch in attention_launches(q, k, v, start, *scales, out, on, (*new, *table)):
+    for launch in attention_launches(
+        q, k, v, start, *scales, out, on, Fresh(*new, *table, *weights, 1e-5)
+    ):
         launch.run()
 
     assert (out - want).norm() < 2 * TOLERANCE[dtype] * want.norm()
@@ -463,4 +472,4 @@ def test_attention_of_new_tokens(case, kind, dtype=FP32):
         if mine.dtype == torch.int8:  # x / s may fall to the other side of a half
             assert difference.max() <= 1 and difference.mean() < 0.02
         else:
-            assert (difference <= TOLERANCE[dtype] * (1e-3 + theirs[written].float().abs())).all()
+            assert (difference <= TOLERANCE[dtype] * (0.1 + theirs[written].float().abs())).all()

@@ -1,5 +1,7 @@
 """Calibration: which tokens, and whether the stream carries exactly what the model computes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ class Letters:
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    model = Transformer(CONFIGS["tiny"])
+    model = Transformer(replace(CONFIGS["tiny"], qk_norm=True))
     for p in model.parameters():
         p.copy_(torch.randn_like(p) * 0.1 + (p.dim() == 1))
     return model

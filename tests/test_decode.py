@@ -15,7 +15,7 @@ from sampling import Sampling
 
 ODD = dataclasses.replace(  # no size a multiple of 16, heads in groups of three
     CONFIGS["tiny"], dim=100, n_heads=6, n_kv_heads=2, ffn_dim=173, head_dim=10, max_positions=600,
-    attention_bias=True, ffn_bias=True,
+    attention_bias=True, ffn_bias=True, qk_norm=True,
 )  # fmt: skip
 
 

@@ -23,8 +23,22 @@ LLAMA3_ROPE = {
         {"attention_bias": True, "mlp_bias": True},
         {"head_dim": 16},
         {"rope_parameters": LLAMA3_ROPE},
+        {"family": "Mistral", "sliding_window": None, "head_dim": 12},
+        {"family": "Qwen2"},
+        {"family": "Qwen3", "head_dim": 16},
+        {"family": "Qwen3", "head_dim": 12, "attention_bias": True},
     ],
-    ids=["tied-gqa", "untied-mha", "biases", "head-dim", "llama3-rope"],
+    ids=[
+        "tied-gqa",
+        "untied-mha",
+        "biases",
+        "head-dim",
+        "llama3-rope",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "qwen3-biases",
+    ],
 )
 @torch.inference_mode()
 def test_logits_equal_transformers(tmp_path, changes):

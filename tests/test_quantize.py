@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -182,8 +183,9 @@ def test_rows_in_chunks_equal_one_piece(monkeypatch):
 
 
 def test_random_model_runs():
+    config = replace(CONFIGS["tiny"], qk_norm=True)
     for mode in (None, parse_mode("int4")):
-        model = random_model(CONFIGS["tiny"], mode, "cpu", torch.bfloat16)
+        model = random_model(config, mode, "cpu", torch.bfloat16)
         model.setup_cache(1, 64)
         logits = model(torch.tensor([[1, 2, 3]]), torch.zeros(1, dtype=torch.int64))
         assert logits.isfinite().all() and logits.std() > 0

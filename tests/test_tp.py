@@ -70,7 +70,8 @@ def test_every_format_equals_one_process(tmp_path, exact, count):
     """fp32 activations: logits within 1e-4, greedy texts token for token; compiled, speculating."""
     three = count == 3
     changes = NINE_HEADS if three else {**SHAPE, "tie_word_embeddings": count == 2,
-                                        "attention_bias": count == 4}  # fmt: skip
+                                        "attention_bias": count == 4,
+                                        "family": "Qwen3" if count == 2 else "Llama"}  # fmt: skip
     source = save_tiny(tmp_path / "source", initializer_range=0.1, **changes)[0]
     generator = torch.Generator().manual_seed(count)
     prompts = [torch.randint(0, 203, (n,), generator=generator).tolist() for n in (5, 23)]

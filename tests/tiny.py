@@ -12,11 +12,13 @@ TINY = dict(
 )  # fmt: skip
 
 
-def reference_model(seed: int = 0, **changes) -> transformers.LlamaForCausalLM:
-    """A random Llama of transformers, fp32."""
+def reference_model(
+    seed: int = 0, family: str = "Llama", **changes
+) -> transformers.PreTrainedModel:
+    """A random model of transformers, fp32; `family` as in the names of its classes."""
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(**{**TINY, **changes})
-    model = transformers.LlamaForCausalLM(config).eval()
+    config = getattr(transformers, f"{family}Config")(**{**TINY, **changes})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for name, p in model.named_parameters():  # norms and biases away from 1 and 0
         if p.dim() == 1:
             torch.nn.init.normal_(p, float("norm" in name), 0.2)

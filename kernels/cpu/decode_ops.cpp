@@ -68,7 +68,9 @@ constexpr int64_t kMostRows = 128;  // of a call
 constexpr int64_t kCached = 32768;  // bytes of a weight that are still in a cache when read again
 
 struct Block {
-  Tensor norm1, norm2, k_cache, v_cache, k_scale, v_scale;  // no scales: a cache of x's dtype
+  Tensor norm1, norm2, k_cache, v_cache;
+  Tensor q_norm, k_norm;    // of each head, before the rotation; or none
+  Tensor k_scale, v_scale;  // none: a cache of x's dtype
   Product wqkv, wo, w13, w2;
 };
 
@@ -197,7 +199,7 @@ struct Step {
 
     product(block.wqkv, x, &block.norm1, qkv, nothing);
     meet(rank, threads, block.wo, block.wo.units());
-    auto queries = [&](auto... where) { rotated_queries(pieces, where...); };
+    auto queries = [&](auto... where) { rotated_queries(block, pieces, where...); };
     auto fill = [&](auto... where) { fill_slots(block, pieces, where...); };
     share(pieces.count, [&](int64_t i) { pieces.run(i, rank, queries, fill); });
     meet(rank, threads, block.wo, block.wo.units());
@@ -269,19 +271,25 @@ struct Step {
     return qkv + ((b * T + t) * (plan.H + 2 * plan.Hkv) + head) * plan.D * size;
   }
 
-  void rotate(const char* from, int64_t slot, char* to) const {
+  // A head of a query or key, normed if there is a norm, and rotated.
+  void rotate(const char* from, const Tensor& norm, int64_t slot, char* to) const {
     const int64_t half = plan.D / 2;
+    alignas(64) char normed[4 * 1024];
+    if (norm.defined()) {
+      kernels().rms_norm(from, norm.const_data_ptr(), type, 1, plan.D, plan.eps, normed);
+      from = normed;
+    }
     kernels().rotate(from, type, plan.cos.const_data_ptr<float>() + slot * half,
                      plan.sin.const_data_ptr<float>() + slot * half, plan.D, to);
   }
 
   // As Pieces::read_queries, out of the projections.
-  void rotated_queries(const Pieces& p, int64_t b, int64_t h, int64_t t0, int64_t tokens,
-                       float* to) const {
+  void rotated_queries(const Block& block, const Pieces& p, int64_t b, int64_t h, int64_t t0,
+                       int64_t tokens, float* to) const {
     alignas(64) char line[4 * 1024];
     for (int64_t g = 0; g < p.heads; g++)
       for (int64_t t = t0; t < t0 + tokens; t++, to += plan.D) {
-        rotate(projection(b, t, h * p.heads + g), p.first[b] + t, line);
+        rotate(projection(b, t, h * p.heads + g), block.q_norm, p.first[b] + t, line);
         kernels().widen_rows(line, type, 1, plan.D, plan.D, false, to);
       }
   }
@@ -309,7 +317,7 @@ struct Step {
     };
     for (int64_t slot = std::max(begin, p.first[b]); slot < end; slot++) {
       const int64_t t = slot - p.first[b];
-      rotate(projection(b, t, s.H + h), slot, line);
+      rotate(projection(b, t, s.H + h), block.k_norm, slot, line);
       place(line, block.k_cache, p.k_stride, block.k_scale, slot);
       place(projection(b, t, s.H + s.Hkv + h), block.v_cache, p.v_stride, block.v_scale, slot);
     }
@@ -365,10 +373,10 @@ std::mutex mutex;
 std::set<const Plan*> plans;
 
 // What `decode` needs of a model and its caches: int64 [2], a handle, which owns the plan, and how many
-// rows it takes. The norms: two of each block, and the last one; the forms: four of each block, and the
-// head's.
-Tensor plan_decode(at::TensorList norms, double eps, const Tensor& cos, const Tensor& sin,
-                   at::TensorList k_caches, at::TensorList v_caches, at::TensorList k_scales,
+// rows it takes. The norms: two of each block, and the last one; of the heads: the queries' and the keys'
+// of each block, or none; the forms: four of each block, and the head's.
+Tensor plan_decode(at::TensorList norms, at::TensorList head_norms, double eps, const Tensor& cos,
+                   const Tensor& sin, at::TensorList k_caches, at::TensorList v_caches, at::TensorList k_scales,
                    at::TensorList v_scales, int64_t heads, int64_t ffn, int64_t vocabulary,
                    const c10::List<std::optional<Tensor>>& tensors, at::IntArrayRef forms) {
   const size_t count = k_caches.size();
@@ -388,6 +396,9 @@ Tensor plan_decode(at::TensorList norms, double eps, const Tensor& cos, const Te
   TORCH_CHECK_VALUE(Hkv >= 1 && heads % Hkv == 0 && D >= 2 && D % 2 == 0 && D <= 1024,
                     "no attention of ", heads, " heads of ", D, " on ", Hkv);
   for (const Tensor& norm : norms) check_vector(norm, C, plan->dtype, "a norm's weight");
+  TORCH_CHECK_VALUE(head_norms.empty() || head_norms.size() == 2 * count,
+                    "give two norms of heads for each block, or none");
+  for (const Tensor& norm : head_norms) check_vector(norm, D, plan->dtype, "a head norm's weight");
   for (const Tensor* t : {&cos, &sin}) check_vector(*t, plan->S * D / 2, at::kFloat, "cos or sin");
   plan->norm = norms[2 * count];
   plan->cos = cos;
@@ -396,6 +407,10 @@ Tensor plan_decode(at::TensorList norms, double eps, const Tensor& cos, const Te
   const Type type = type_of(norms[0]);
   for (size_t i = 0; i < count; i++) {
     Block b{norms[2 * i], norms[2 * i + 1], k_caches[i], v_caches[i]};
+    if (!head_norms.empty()) {
+      b.q_norm = head_norms[2 * i];
+      b.k_norm = head_norms[2 * i + 1];
+    }
     if (int8) {
       b.k_scale = k_scales[i];
       b.v_scale = v_scales[i];
@@ -529,9 +544,9 @@ Tensor decode_greedy(const Tensor& handle, const Tensor& tokens, const Tensor& e
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(flatllama, m) {
-  m.def("plan_decode(Tensor[] norms, float eps, Tensor cos, Tensor sin, Tensor[] k_caches, "
-        "Tensor[] v_caches, Tensor[] k_scales, Tensor[] v_scales, int heads, int ffn, "
-        "int vocabulary, Tensor?[] tensors, int[] forms) -> Tensor");
+  m.def("plan_decode(Tensor[] norms, Tensor[] head_norms, float eps, Tensor cos, Tensor sin, "
+        "Tensor[] k_caches, Tensor[] v_caches, Tensor[] k_scales, Tensor[] v_scales, int heads, "
+        "int ffn, int vocabulary, Tensor?[] tensors, int[] forms) -> Tensor");
   // The handle stands for the caches, which the call writes.
   m.def("decode(Tensor(a!) handle, Tensor tokens, Tensor embedding, Tensor start, Tensor? last) "
         "-> Tensor");

@@ -11,12 +11,13 @@ Source: flash-decoding (Dao et al. 2023), online softmax (arXiv 1805.02867).
 An int8 cache has a scale per slot and head: the keys' scale meets the scores, the values' the
 weights, so that both products run on the codes themselves.
 
-With `fresh` q and the new tokens' keys and values come as the projection left them. The rotary
-embedding is then applied on the way, and programs write the new slots that lie in their own blocks
-before they read them.
+With `fresh` q and the new tokens' keys and values come as the projection left them. The norms of
+heads, if there are any, and the rotary embedding are then applied on the way, and programs write
+the new slots that lie in their own blocks before they read them.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,6 +32,20 @@ MAX_SPLITS = 64
 PROGRAMS = 2  # wanted on each multiprocessor
 
 
+class Fresh(NamedTuple):
+    """New keys and values [B, H_kv, T, D], with q's strides, that are not in the cache yet, and
+    what q and the keys still lack: RMSNorms over heads [D], or none; rotation by cos, sin
+    [S, D / 2] fp32."""
+
+    k: Tensor
+    v: Tensor
+    cos: Tensor
+    sin: Tensor
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    eps: float = 0.0
+
+
 @triton.jit
 def block_share(start, tile, T, GROUP: tl.constexpr, R: tl.constexpr, BLOCK_S: tl.constexpr,
                 SPLITS: tl.constexpr):  # fmt: skip
@@ -42,14 +57,19 @@ def block_share(start, tile, T, GROUP: tl.constexpr, R: tl.constexpr, BLOCK_S: t
 
 
 @triton.jit
-def rotated(x, rows, angles, cos, sin, d, D, mask):
-    """x at rows [R] in its dtype, each by its row of cos, sin [., D / 2]: [R, BLOCK_D]."""
+def rotated(x, rows, norm, eps, angles, cos, sin, d, D, mask):
+    """x at rows [R], normed if there is a norm [D], each rotated by its row of cos, sin [., D / 2]:
+    [R, BLOCK_D], rounded once."""
     half = D // 2
     i = tl.where(d < half, d, d - half)
     other = tl.where(d < half, d + half, i)  # what it turns with, minus it in the first half
     at = (angles * half)[:, None] + i[None, :]
     a = tl.load(x + rows[:, None] + d[None, :], mask=mask, other=0).to(tl.float32)
     b = tl.load(x + rows[:, None] + other[None, :], mask=mask, other=0).to(tl.float32)
+    if norm is not None:
+        root = tl.rsqrt(tl.sum(a * a, axis=1) / D + eps)[:, None]
+        a *= root * tl.load(norm + d, mask=d < D, other=0).to(tl.float32)[None, :]
+        b *= root * tl.load(norm + other, mask=d < D, other=0).to(tl.float32)[None, :]
     s = tl.load(sin + at, mask=mask, other=0)
     y = a * tl.load(cos + at, mask=mask, other=0) + tl.where(d < half, -1.0, 1.0)[None, :] * b * s
     return y.to(x.dtype.element_ty)
@@ -70,10 +90,10 @@ def keep(x, cache, scales, lines, d, D, ok, mask):
 
 @triton.jit
 def insert(
-    new_k, new_v, k, v, k_scale, v_scale, cos, sin, at, stride, line, first, begin, stop, d, D,
-    NEW: tl.constexpr,
+    new_k, new_v, k, v, k_scale, v_scale, norm, eps, cos, sin, at, stride, line, first, begin, stop,
+    d, D, NEW: tl.constexpr,
 ):  # fmt: skip
-    """Keys, rotated, and values of NEW tokens or less into slots [begin, stop) of a cache.
+    """Keys, normed and rotated, and values of up to NEW tokens into slots [begin, stop) of a cache.
 
     Token 0, at `at`, belongs to slot `first`; `line` is that of slot 0.
     """
@@ -82,7 +102,7 @@ def insert(
     ok = (slot >= begin) & (slot < stop)
     mask = ok[:, None] & (d < D)[None, :]
     rows = at + token.to(tl.int64) * stride
-    keys = rotated(new_k, rows, slot, cos, sin, d, D, mask)
+    keys = rotated(new_k, rows, norm, eps, slot, cos, sin, d, D, mask)
     keep(keys, k, k_scale, line + slot, d, D, ok, mask)
     values = tl.load(new_v + rows[:, None] + d[None, :], mask=mask, other=0)
     keep(values, v, v_scale, line + slot, d, D, ok, mask)
@@ -90,15 +110,15 @@ def insert(
 
 @triton.jit
 def attend(
-    q, k, v, start, k_scale, v_scale, new_k, new_v, cos, sin, out, maxima, totals,
-    q_b, q_h, q_t, out_b, out_h, out_t, T, S, D, kv_heads, softmax_scale,
+    q, k, v, start, k_scale, v_scale, new_k, new_v, cos, sin, q_norm, k_norm, eps,
+    out, maxima, totals, q_b, q_h, q_t, out_b, out_h, out_t, T, S, D, kv_heads, softmax_scale,
     GROUP: tl.constexpr, R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr, NEW: tl.constexpr, PDL: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid (B H_kv, tiles of R rows, SPLITS). `softmax_scale` is log2(e) / sqrt(D).
 
-    With new_k, new_v [B, H_kv, T, D], T <= NEW, of q's strides, these go into the cache first, and
-    they and q are rotated by cos, sin [S, D / 2] fp32. Two tiles write the same to the same slots.
+    With new_k, new_v, T <= NEW, see Fresh, these go into the cache first. Two tiles write the same
+    to the same slots.
 
     One split writes out [B, H, T, D]; more write sums out [B H_kv, rows, SPLITS, D] fp32, maxima
     and totals [B H_kv, rows, SPLITS] fp32, rows a multiple of R.
@@ -119,12 +139,13 @@ def attend(
     if new_k is None:
         qs = tl.load(q + at[:, None] + d[None, :], mask=of_rows, other=0)
     else:
-        qs = rotated(q, at, first + t, cos, sin, d, D, of_rows)
+        qs = rotated(q, at, q_norm, eps, first + t, cos, sin, d, D, of_rows)
         begin, stop = split * share * BLOCK_S, tl.minimum((split + 1) * share, blocks) * BLOCK_S
         if stop > first:
             insert(
-                new_k, new_v, k, v, k_scale, v_scale, cos, sin, batch * q_b + kv_head * q_h, q_t,
-                pair * S, first, begin, tl.minimum(stop, end), d, D, NEW,
+                new_k, new_v, k, v, k_scale, v_scale, k_norm, eps, cos, sin,
+                batch * q_b + kv_head * q_h, q_t, pair * S, first, begin, tl.minimum(stop, end),
+                d, D, NEW,
             )  # fmt: skip
             tl.debug_barrier()  # what other threads have written is there
     best = tl.full([R], float("-inf"), tl.float32)
@@ -192,13 +213,9 @@ def combine(
 def attention_launches(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, k_scale: Tensor | None,
     v_scale: Tensor | None, out: Tensor, on: Card,
-    fresh: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    fresh: Fresh | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """The kernels that fill out [B, H, T, D]; tensors may be on the meta device.
-
-    fresh: new keys and values [B, H_kv, T, D], with q's strides, that are not in the cache yet, and
-    cos, sin [S, D / 2] fp32, by which they and q are still to be rotated.
-    """
+    """The kernels that fill out [B, H, T, D]; tensors may be on the meta device."""
     (batch, heads, t, d), kv_heads, slots = q.shape, k.shape[1], k.shape[2]
     group = heads // kv_heads
     block_d, rows = max(16, triton.next_power_of_2(d)), t * group
@@ -213,13 +230,14 @@ def attention_launches(
     if splits > 1:
         sums = torch.empty((pairs, tiles * r, splits, d), device=q.device)
         maxima, totals = (torch.empty(sums.shape[:-1], device=q.device) for _ in range(2))
-    new_k, new_v, cos, sin = fresh or (None,) * 4
-    if fresh and not q.stride() == new_k.stride() == new_v.stride():
+    new = fresh or Fresh(None, None, None, None)
+    if fresh and not q.stride() == new.k.stride() == new.v.stride():
         raise ValueError("q and the new keys and values must have the same strides")
     strides = {"out_b": out.stride(0), "out_h": out.stride(1), "out_t": out.stride(2)}
     arguments = {
         "q": q, "k": k, "v": v, "start": start, "k_scale": k_scale, "v_scale": v_scale,
-        "new_k": new_k, "new_v": new_v, "cos": cos, "sin": sin,
+        "new_k": new.k, "new_v": new.v, "cos": new.cos, "sin": new.sin, "q_norm": new.q_norm,
+        "k_norm": new.k_norm, "eps": None if new.q_norm is None else new.eps,
         "out": sums, "maxima": maxima, "totals": totals,
         "q_b": q.stride(0), "q_h": q.stride(1), "q_t": q.stride(2), **strides,
         "T": t, "S": slots, "D": d, "kv_heads": kv_heads,
@@ -227,10 +245,10 @@ def attention_launches(
     }  # fmt: skip
     constants = {"GROUP": group, "R": r, "BLOCK_S": block_s, "BLOCK_D": block_d, "SPLITS": splits}
     options = {"num_warps": 8 if r == 64 else 4, "num_stages": 2}
-    new = triton.next_power_of_2(t) if fresh else 1
+    slots_at_once = triton.next_power_of_2(t) if fresh else 1
     launch = Launch(
         attend, (pairs, tiles, splits), arguments,
-        {**constants, "NEW": new, "INTERPRET": interpreting()}, options,
+        {**constants, "NEW": slots_at_once, "INTERPRET": interpreting()}, options,
     )  # fmt: skip
     if splits == 1:
         return [launch]

@@ -3,8 +3,8 @@ that another kernel could have made on its way.
 
     embed      rows of the table; their RMSNorm begun
     matmul     wqkv, its input's RMSNorm ended                                  } every
-    attend     rotary embedding; keys and values into the cache, rounded to     } layer
-               int8 where it is int8; attention                                 }
+    attend     norms of heads, rotary embedding; keys and values into the       } layer
+               cache, rounded to int8 where it is int8; attention               }
     combine    its splits joined                                                }
     matmul     wo, plus the residual; the result's RMSNorm begun                }
     matmul     w13, its input's RMSNorm ended; silu(gate) * up comes out        }
@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from kernels.activations import way_of
-from kernels.cuda.attention import attention_launches
+from kernels.cuda.attention import Fresh, attention_launches
 from kernels.cuda.common import wait_for_others
 from kernels.cuda.inputs import READY_TYPES, ready_launch
 from kernels.cuda.launch import Launch, card
@@ -169,16 +169,21 @@ class Step:
         for block in model.layers:
             attention, feed_forward = block.attention, block.feed_forward
             norms = block.attention_norm, block.ffn_norm
+            of_heads = attention.q_norm, attention.k_norm
             self.blocks.append((
                 FusedLinear(attention.wqkv, norms[0].weight, norms[0].eps),
                 FusedLinear(attention.wo, weighted=False),
                 FusedLinear(feed_forward.w13, norms[1].weight, norms[1].eps),
                 FusedLinear(feed_forward.w2),
                 attention.kv_cache,
+                [None if norm is None else norm.weight for norm in of_heads],
             ))  # fmt: skip
 
-    def attention(self, qkv: Tensor, cache: nn.Module, start: Tensor, t: int) -> Tensor:
-        """qkv [M, (H + 2 H_kv) D] -> [M, H D], the keys and values added to the cache."""
+    def attention(
+        self, qkv: Tensor, cache: nn.Module, norms: list[Tensor | None], start: Tensor, t: int
+    ) -> Tensor:
+        """qkv [M, (H + 2 H_kv) D] -> [M, H D], the keys and values added to the cache; norms [D] of
+        queries and keys, or none."""
         rows, h, d = qkv.shape[0], self.config.n_heads, self.config.head_dim
         kv_heads = cache.k.shape[1]
         heads = qkv.view(rows // t, t, h + 2 * kv_heads, d).transpose(1, 2)
@@ -187,7 +192,7 @@ class Step:
         scales = [getattr(cache, name, None) for name in ("k_scale", "v_scale")]
         launches = attention_launches(
             q, cache.k, cache.v, start, *scales, out.transpose(1, 2), card(q.device),
-            (new_k, new_v, self.cos, self.sin),
+            Fresh(new_k, new_v, self.cos, self.sin, *norms, self.config.norm_eps),
         )  # fmt: skip
         for launch in launches:
             launch.run()
@@ -204,9 +209,10 @@ class Step:
         y = x if factors[0] is None else torch.empty_like(x)
         weighted = None if factors[0] is None else y
         embed_launch(tokens.contiguous(), self.embedding, x, squares, factors[0], weighted).run()
-        for (wqkv, wo, w13, w2, cache), factor in zip(self.blocks, factors[1:], strict=True):
+        for block, factor in zip(self.blocks, factors[1:], strict=True):
+            wqkv, wo, w13, w2, cache, norms = block
             qkv, _, _ = wqkv(y, squares)
-            heads = self.attention(qkv, cache, start, t)
+            heads = self.attention(qkv, cache, norms, start, t)
             x, y, squares = wo(heads, residual=x, factor=w13.factor)
             _, hidden, _ = w13(y, squares, gated=True, factor=w2.factor)
             x, y, squares = w2(hidden, residual=x, factor=factor)
