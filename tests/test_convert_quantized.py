@@ -71,7 +71,7 @@ def save_packed(directory: Path, kind: str, **changes) -> torch.nn.Module:
     state = reference.state_dict()
     for name in list(tensors):
         module, _, last = name.rpartition(".")
-        if last != "weight" or (".mlp." not in name and ".self_attn." not in name):
+        if last != "weight" or "_proj" not in module:
             continue
         n, k = tensors.pop(name).shape
         codes = rng.integers(0, 16, (n, k))
