@@ -85,9 +85,10 @@ class Checkpoint:
         dtypes, shapes = [], []
         for part in self.stored(name):
             if part not in self.files:
-                packed = any(n.endswith((".qweight", ".weight_packed")) for n in self.files)
-                why = "quantized: scripts/convert_quantized.py" if packed else "incomplete"
-                raise UserError(f"{self.path} has no tensor {part!r}: {why}, or another model")
+                why = "incomplete or another model"
+                if any(n.endswith((".qweight", ".weight_packed")) for n in self.files):
+                    why = "its weights are quantized: see scripts/convert_quantized.py"
+                raise UserError(f"{self.path} has no tensor {part!r}: {why}")
             with safe_open(self.files[part], "pt") as f:
                 view = f.get_slice(part)
                 dtypes.append(view.get_dtype())
