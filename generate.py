@@ -6,10 +6,7 @@ over its time, beside what a plain stream of reads reaches in the same run.
 """
 
 import argparse
-import math
 import os
-import statistics
-import sys
 from pathlib import Path
 
 import torch
@@ -26,7 +23,6 @@ from engine import (
     cache_length,
     compiled_graphs,
     configure_compiler,
-    skipped_graphs,
 )
 from errors import (
     Parser,
@@ -40,16 +36,11 @@ from errors import (
     write_json,
     written_whole,
 )  # fmt: skip
+from generate_report import print_report, report
 from loading import add_cache_argument, add_model_arguments, load
 from measure import (
     check_memory,
-    device_name,
-    peak_memory,
-    read_bandwidth,
     reset_peak_memory,
-    spread,
-    step_bytes,
-    weight_bytes,
 )
 from model import CONFIGS, Transformer
 from package import Package
@@ -59,89 +50,6 @@ from speculative import SpeculativeEngine
 
 DRAFT_K, LOOKUP_K = 5, 7
 PROMPT = "Hello, my name is"
-
-
-def report(engine: Engine, results: list[Result], args, mode: str, compile_s: float) -> dict:
-    """The figures of `--json`, from the measured samples."""
-    steps = [s for r in results for s in r.step_s]
-    last = results[-1]
-    position = last.prompt_tokens + len(last.step_s) / 2
-    read, batch, peak = step_bytes(engine, position), engine.batch, peak_memory(args.device)
-    step = spread(steps)
-    bandwidth = read / step["p50"] if steps else float("nan")
-    speeds = [n / s for r in results for n, s in zip(live_rows(r), r.step_s, strict=True) if n]
-    if last.accept_counts:  # a round makes several tokens: a sample's speed is all over all
-        read = bandwidth = None
-        speeds = [len(r.step_s) / sum(r.step_s) for r in results if r.step_s]
-    return {
-        "model": str(args.random_weights or args.checkpoint_path or "smollm2-135m-instruct"),
-        "mode": mode, "device": device_name(args.device), "threads": torch.get_num_threads(),
-        "kernels": args.kernels, "compile": args.compile,
-        "package": str(args.package) if args.package else None,
-        "compile_mode": args.compile_mode if {*engine.compiled} - {"prefill"} else None,
-        "compiled": engine.compiled,
-        "cuda_graphs_skipped": skipped_graphs() if engine.device.type == "cuda" else None,
-        "batch_size": batch, "prompt_tokens": last.prompt_tokens,
-        "new_tokens": [len(ids) for r in results for ids in r.token_ids], "compile_s": compile_s,
-        "time_to_first_token_s": statistics.median(r.time_to_first_token_s for r in results),
-        "decode_tokens_per_s": spread(speeds), "step_s": step,
-        "weight_bytes": weight_bytes(engine.model), "bytes_per_token": read and read // batch,
-        "bandwidth_bytes_per_s": bandwidth,
-        "read_bandwidth_bytes_per_s": read_bandwidth(args.device),
-        "peak_memory_bytes": peak,
-        "token_ids": [ids for r in results for ids in r.token_ids], **speculation(results),
-    }  # fmt: skip
-
-
-def live_rows(result: Result) -> list[int]:
-    """How many rows of the batch each step made a token for: those that had not ended before."""
-    lengths = [len(ids) for ids in result.token_ids]
-    return [sum(n > i for n in lengths) for i in range(len(result.step_s))]
-
-
-def speculation(results: list[Result]) -> dict:
-    """How many rounds accepted 0, 1, ... k guesses, and why it stopped; {} without speculation."""
-    if not results[-1].accept_counts:
-        return {}
-    counts = [sum(c) for c in zip(*(r.accept_counts for r in results), strict=True)]
-    return {"accept_counts": counts, "notes": sorted({r.note for r in results if r.note})}
-
-
-def print_report(figures: dict) -> None:
-    """The report, for people, on stderr."""
-    speed, step = figures["decode_tokens_per_s"], figures["step_s"]
-    whole = figures["compile"] and "decode step" not in figures["compiled"]
-    noisy = "  (noisy: spread over 5%)" if step["std"] > 0.05 * step["mean"] else ""
-    lines = [
-        f"{figures['mode']} on {figures['device']}, {figures['threads']} threads; prompt "
-        f"{figures['prompt_tokens']} tokens, batch {figures['batch_size']}",
-        f"time to first token {figures['time_to_first_token_s'] * 1e3:.1f} ms; compile and "
-        f"warm-up {figures['compile_s']:.1f} s; recompiles {figures['recompiles']}"
-        f"{'; the decode step is one C++ operator: not compiled' if whole else ''}",
-        f"decode {speed['p50']:.1f} tokens/s (median; mean {speed['mean']:.1f}, "
-        f"std {speed['std']:.1f}){noisy}",
-    ]
-    if figures["cuda_graphs_skipped"]:
-        lines.insert(2, "torch did not capture the step in a CUDA graph, so the host launches it")
-    if math.isnan(speed["p50"]):  # a single token: no step was timed
-        lines.pop()
-    elif counts := figures.get("accept_counts"):
-        rounds = max(1, sum(counts))
-        made = sum((n + 1) * c for n, c in enumerate(counts)) / rounds
-        lines.append(
-            f"speculation: {sum(counts)} rounds of {made:.2f} tokens; rounds that accepted 0, 1, "
-            f"... {len(counts) - 1} guesses: {' '.join(map(str, counts))}"
-        )
-        lines += figures["notes"]
-    else:
-        percent = 100 * figures["bandwidth_bytes_per_s"] / figures["read_bandwidth_bytes_per_s"]
-        lines.append(
-            f"reads {figures['bytes_per_token'] / 1e6:.1f} MB a token: "
-            f"{figures['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s, {percent:.0f}% of the "
-            f"{figures['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s this machine reads; "
-            f"peak memory {figures['peak_memory_bytes'] / 1e6:.0f} MB"
-        )
-    print("\n".join(lines), file=sys.stderr)
 
 
 def parse_args() -> argparse.Namespace:
@@ -215,6 +123,11 @@ def make_engine(model: Transformer, length: int, batch: int, args: argparse.Name
     return SpeculativeEngine(model, sampling, k, draft, **settings)
 
 
+def is_synthetic(args: argparse.Namespace) -> bool:
+    """Whether --prompt is a length: random tokens, there to be timed."""
+    return not args.prompts and is_length(args.prompt)
+
+
 def run_samples(
     engine: Engine, prompts: list[list[int]], texts: list[str], args, tokenizer, eos: set[int]
 ) -> list[Result]:
@@ -223,7 +136,7 @@ def run_samples(
     Row 0 streams as it comes. Several prompts are printed when all rows have ended; so is what
     follows a synthetic one, which is there to be timed.
     """
-    results, synthetic = [], not args.prompts and is_length(args.prompt)
+    results, synthetic = [], is_synthetic(args)
     for i in range(args.num_samples):
         engine.cached = []  # each sample's time to first token includes its whole prefill
         streams = tokenizer and not args.prompts and not synthetic
@@ -290,6 +203,30 @@ def check(args: argparse.Namespace) -> None:
             raise UserError("--package runs in one process: leave torchrun out")
 
 
+def prompts_and_length(
+    args: argparse.Namespace, texts: list[str], model: Transformer, tokenizer
+) -> tuple[list[list[int]], int]:
+    """The token ids of the texts (of a chat a first one), and how many tokens a cache must hold."""
+    if args.interactive:
+        if tokenizer is None:
+            raise UserError("--interactive needs a model with a tokenizer")
+        render_chat(tokenizer, [{"role": "user", "content": "Hello"}])  # before a long compile
+        return [[1]], args.cache_size or min(2048, model.config.max_positions)
+    vocab, synthetic = model.config.vocab_size, is_synthetic(args)
+    ids = {t: encode_prompt(t, tokenizer, vocab, args.seed, synthetic) for t in set(texts)}
+    prompts = [ids[text] for text in texts]
+    return prompts, args.cache_size or max(map(len, prompts)) + args.max_new_tokens
+
+
+def check_cache_memory(model: Transformer, batch: int, length: int, args) -> None:
+    """A UserError where there is no room for the cache; of tensor parallelism nothing is known."""
+    if processes() == 1:
+        dtype, slots = model.tok_embeddings.weight.dtype, cache_length(length)
+        wanted = predict.cache_bytes(model.config, slots, args.kv_cache, batch, dtype)
+        what = f"a cache of {batch} x {slots} slots, for as many sequences and tokens"
+        check_memory(wanted, what, args.device)
+
+
 def main() -> None:
     """Load the model, warm up, generate, report."""
     args = parse_args()
@@ -299,26 +236,12 @@ def main() -> None:
     texts = read_prompts(args.prompts) if args.prompts else [args.prompt] * args.batch_size
     model, mode, directory = load(args, args.random_weights)
     package = Package(args.package) if args.package else None
-    synthetic = not args.prompts and is_length(args.prompt)
-    tokenizer = open_tokenizer(directory, model, required=not synthetic)
-    if args.interactive:
-        if tokenizer is None:
-            raise UserError("--interactive needs a model with a tokenizer")
-        render_chat(tokenizer, [{"role": "user", "content": "Hello"}])  # before a long compile
-        prompts, length = [[1]], args.cache_size or min(2048, model.config.max_positions)
-    else:
-        vocab = model.config.vocab_size
-        ids = {t: encode_prompt(t, tokenizer, vocab, args.seed, synthetic) for t in set(texts)}
-        prompts = [ids[text] for text in texts]
-        length = args.cache_size or max(map(len, prompts)) + args.max_new_tokens
+    tokenizer = open_tokenizer(directory, model, required=not is_synthetic(args))
+    prompts, length = prompts_and_length(args, texts, model, tokenizer)
     if package:
         package.check(model.tok_embeddings.weight.device, len(prompts), args.kv_cache)
         length = min(package.about["slots"], model.config.max_positions)
-    if processes() == 1:
-        dtype, slots = model.tok_embeddings.weight.dtype, cache_length(length)
-        wanted = predict.cache_bytes(model.config, slots, args.kv_cache, len(prompts), dtype)
-        what = f"a cache of {len(prompts)} x {slots} slots, for as many sequences and tokens"
-        check_memory(wanted, what, args.device)
+    check_cache_memory(model, len(prompts), length, args)
     engine = make_engine(model, length, len(prompts), args)
     engine.check(prompts, 1 if args.interactive else args.max_new_tokens)
     if package:

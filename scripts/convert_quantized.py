@@ -210,6 +210,7 @@ class Converter(CheckpointQuantizer):
         )
 
     def write_block(self, index: int) -> None:
+        """Convert what is packed of a block, copy the rest."""
         with torch.device("meta"):
             block = TransformerBlock(self.source.config).to(self.dtype)
         for name in LAYERS:

@@ -168,6 +168,16 @@ def special_ids(header: Fields, count: int) -> dict[str, Any]:
     return ids
 
 
+def added_tokens(tokens: list[str], types: list[int], special: tuple[int, ...]) -> list[dict]:
+    """tokenizer.json's entries of the tokens that stand for themselves in a text."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return [
+        {"id": i, "content": token, **flags, "special": kind in special}
+        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in special or kind == USER_DEFINED
+    ]
+
+
 def tokenizer_files(header: Fields, vocab_size: int) -> dict[str, dict[str, Any]]:
     """File name -> content of the tokenizer files; raises GGUFError for what is not supported."""
     kind = header.get("tokenizer.ggml.model")
@@ -183,20 +193,7 @@ def tokenizer_files(header: Fields, vocab_size: int) -> dict[str, dict[str, Any]
         parts = llama_model(header, tokens, types)
     else:
         raise GGUFError(f"{header.path}: tokenizer {kind!r} is not supported (gpt2 and llama are)")
-    special = (CONTROL, UNKNOWN) if kind == "llama" else (CONTROL,)
-    added = [
-        {
-            "id": i,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": kind_of_token in special,
-        }
-        for i, (token, kind_of_token) in enumerate(zip(tokens, types, strict=True))
-        if kind_of_token in special or kind_of_token == USER_DEFINED
-    ]
+    added = added_tokens(tokens, types, (CONTROL, UNKNOWN) if kind == "llama" else (CONTROL,))
     ids = special_ids(header, len(tokens))
     by_default = kind == "llama" or parts["model"]["ignore_merges"]  # as llama.cpp has it
     add_bos = bool(header.get("tokenizer.ggml.add_bos_token", by_default))

@@ -11,6 +11,7 @@ from tiny import save_tiny
 from tiny_text import save_tiny_with_tokenizer
 
 import generate
+import generate_report
 from checkpoint import open_checkpoint
 from checkpoint_quantizer import CheckpointQuantizer
 from engine import Result
@@ -29,7 +30,7 @@ KEYS = {
 @pytest.fixture
 def run(monkeypatch, capsys):
     """run(args...) -> (exit code, stdout, stderr) of generate.py on the CPU."""
-    monkeypatch.setattr("generate.read_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr("generate_report.read_bandwidth", lambda device: 1e10)
 
     def call(*args):
         argv = ["generate.py", "--device", "cpu", "--precision", "fp32", *map(str, args)]
@@ -183,7 +184,7 @@ def test_a_trace_is_there_or_an_error(run, tiny, tmp_path, monkeypatch):
 def test_rows_that_have_ended_make_no_tokens():
     """Row 0 said three tokens and then EOS, row 1 one; the fourth step was made in vain."""
     result = Result([[5, 6, 7], [5]], 2, 0.1, [0.1] * 4)
-    assert generate.live_rows(result) == [2, 1, 1, 0]
+    assert generate_report.live_rows(result) == [2, 1, 1, 0]
 
 
 @pytest.mark.parametrize("name", ["fp16", "bf16"])
