@@ -85,9 +85,9 @@ class Checkpoint:
         dtypes, shapes = [], []
         for part in self.stored(name):
             if part not in self.files:
-                why = "incomplete or another model"
-                if any(n.endswith((".qweight", ".weight_packed")) for n in self.files):
-                    why = "its weights are quantized: see scripts/convert_quantized.py"
+                why, stem = "incomplete or another model", part.removesuffix(".weight")
+                if {f"{stem}.qweight", f"{stem}.weight_packed"} & self.files.keys():
+                    why = "it is quantized: see scripts/convert_quantized.py"
                 raise UserError(f"{self.path} has no tensor {part!r}: {why}")
             with safe_open(self.files[part], "pt") as f:
                 view = f.get_slice(part)

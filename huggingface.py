@@ -39,7 +39,9 @@ def config_from_hf(hf: dict) -> ModelConfig:
     family = hf.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"model_type {family!r} in config.json: only {', '.join(FAMILIES)} work")
-    if hf.get("sliding_window") and hf.get("use_sliding_window", family == "mistral"):
+    layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
+    window = hf.get("sliding_window", 4096) and hf.get("use_sliding_window", family == "mistral")
+    if window and not (family.startswith("qwen") and hf.get("max_window_layers", 28) >= layers):
         raise UserError("config.json asks for sliding-window attention, which is not supported")
     if hf.get("hidden_act", "silu") != "silu":
         raise UserError(f"hidden_act {hf['hidden_act']!r} in config.json: only silu is supported")
@@ -47,22 +49,24 @@ def config_from_hf(hf: dict) -> ModelConfig:
         if not isinstance(hf.get(name), dict | None):
             raise UserError(f"{name} {hf[name]!r} in config.json: must be an object")
     rope = hf.get("rope_parameters") or {}
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise UserError("rope_parameters differ between layers in config.json: not supported")
     partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
     if partial not in (None, 1):
         raise UserError(f"partial_rotary_factor {partial!r} in config.json: only 1 is supported")
-    scaling = hf.get("rope_scaling") or (rope if rope.get("rope_type") else None)
+    scaling = hf.get("rope_scaling") or (rope if {"rope_type", "type"} & rope.keys() else None)
     kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
     if kind not in ("default", "llama3"):
         raise UserError(f"rope scaling {kind!r} in config.json: only llama3 is supported")
-    heads = hf["num_attention_heads"]
+    width = 128 if family == "qwen3" else hf["hidden_size"] // heads
     return ModelConfig(
         dim=hf["hidden_size"],
-        n_layers=hf["num_hidden_layers"],
+        n_layers=layers,
         n_heads=heads,
         n_kv_heads=hf.get("num_key_value_heads") or heads,
         ffn_dim=hf["intermediate_size"],
         vocab_size=hf["vocab_size"],
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        head_dim=hf.get("head_dim") or width,
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta", 10000.0)),
         rope_scaling=None if kind == "default" else (

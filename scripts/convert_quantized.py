@@ -6,19 +6,23 @@ writes DIRECTORY/model_int4-gptq.g128.safetensors, for example. Its method is wh
 quantization_config says. Of a linear layer [N, K] in groups of g columns, G = K / g, it holds
 
     gptq                qweight int32 [K / 8, N], qzeros int32 [G, N / 8], scales [G, N], perhaps
-                        g_idx [K]; zeros less 1, but for checkpoint_format "gptq_v2"
+                        g_idx [K]; each word of zeros less 0x11111111, but for checkpoint_format
+                        "gptq_v2"
     awq                 qweight int32 [K, N / 8], qzeros int32 [G, N / 8], scales [G, N]; the eight
                         rows of a word come in the order 0, 2, 4, 6, 1, 3, 5, 7
     compressed-tensors  weight_packed int32 [N, K / 8], weight_scale [N, G], weight_zero_point int32
-                        [N / 8, G], where it is missing 8 (format "pack-quantized")
+                        [N / 8, G] or int8 [N, G] less 8, of symmetric weights none: 8 (format
+                        "pack-quantized")
 
 eight codes a word, the first in the lowest bits; w = (code - zero) scale. int4 keeps the codes, and
 s = scale and z = (8 - zero) scale of its w = (code - 8) s + z are bf16: rounding them moves no
 weight by more than 1 / 16 of a step. What is not quantized stays as it is, the LM head with
 `--lm_head keep`.
-Sources: the packing code of AutoGPTQ 0.7.1, AutoAWQ 0.2.9 and compressed-tensors 0.20.0.
+Sources: the packing code of AutoGPTQ 0.7.1, GPTQModel 7.7.0, AutoAWQ 0.2.9 and compressed-tensors
+0.20.0.
 """
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -51,6 +55,7 @@ from quantize import default_output
 MODES = {"gptq": "int4-gptq", "awq": "int4-awq", "compressed-tensors": "int4"}  # by quant_method
 TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias", "weight_packed", "weight_scale",
            "weight_zero_point", "weight_shape", "weight_g_idx")  # fmt: skip
+LESS = 0x11111111  # 1 in each of a word's eight places, with borrows: a zero of 0 is 15 in it
 IN_ORDER, AWQ_ORDER = tuple(range(8)), (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -70,8 +75,10 @@ def weight_settings(settings: dict) -> dict:
     if len(settings["config_groups"]) != 1:
         raise UserError("config_groups in config.json has several kinds of layers: only 1 is taken")
     (group,) = settings["config_groups"].values()
-    if group.get("input_activations"):
+    if group.get("input_activations") or group.get("output_activations"):
         raise UserError("config.json quantizes activations: int4 leaves them as they are")
+    if (settings.get("transform_config") or {}).get("config_groups"):
+        raise UserError("config.json has a transform_config: rotations are not supported")
     if (kind := group["weights"].get("type", "int")) != "int":
         raise UserError(f"weights of type {kind!r} in config.json: only int is taken")
     return {**group["weights"], "bits": group["weights"]["num_bits"]}
@@ -101,12 +108,16 @@ class Packed:
             raise UserError(f"checkpoint_format {self.packer!r} in config.json: only gptq, gptq_v2")
         if self.method == "awq" and settings.get("version", "gemm").lower() != "gemm":
             raise UserError(f"AWQ's version {settings['version']!r} in config.json: only gemm")
+        for name in ("rotation", "activation"):  # GPTQModel's: done again at each product
+            if settings.get(name):
+                raise UserError(f"{name} {settings[name]!r} in config.json is not supported")
         if self.method == "compressed-tensors":
             settings = weight_settings(settings)
+        self.symmetric = settings.get("symmetric", True)  # compressed-tensors
         if settings["bits"] != 4:
             raise UserError(f"{settings['bits']!r} bits in config.json: only 4 are taken")
         self.groupsize = settings["group_size"]
-        if self.groupsize not in Int4Linear.groupsizes:
+        if type(self.groupsize) is not int or self.groupsize not in Int4Linear.groupsizes:
             sizes = ", ".join(map(str, Int4Linear.groupsizes))
             raise UserError(f"group_size {self.groupsize!r} in config.json: int4 has {sizes}")
 
@@ -138,26 +149,31 @@ class Packed:
 
     def codes(self, part: str, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Codes uint8 [N, K], scales fp32 [N, G] and zeros uint8 [N, G] of one module."""
-        if n % 8 or k % self.groupsize:
-            raise UserError(f"{part} is {n} x {k}: no whole words, or no whole groups")
-        groups, int32 = k // self.groupsize, (torch.int32,)
+        if n % 8 or k % 8:
+            raise UserError(f"{part} is {n} x {k}: no whole words")
+        groups, int32 = -(-k // self.groupsize), (torch.int32,)
         if self.method == "compressed-tensors":
             self.check_order(f"{part}.weight_g_idx", k)
             codes = unpacked(self.read(f"{part}.weight_packed", int32, [n, k // 8]), 1)
             scales = self.read(f"{part}.weight_scale", FLOATS, [n, groups])
-            zeros = torch.full((n, groups), 8, dtype=torch.uint8)
-            if (name := f"{part}.weight_zero_point") in self.source.files:
-                zeros = unpacked(self.read(name, int32, [n // 8, groups]), 0)
-            return codes, scales.float(), zeros
+            return codes, scales.float(), self.zero_points(f"{part}.weight_zero_point", n, groups)
         self.check_order(f"{part}.g_idx", k)
         awq = self.method == "awq"
         order, shape = (AWQ_ORDER, [k, n // 8]) if awq else (IN_ORDER, [k // 8, n])
         codes = unpacked(self.read(f"{part}.qweight", int32, shape), int(awq), order)
         scales = self.read(f"{part}.scales", FLOATS, [groups, n])
-        zeros = unpacked(self.read(f"{part}.qzeros", int32, [groups, n // 8]), 1, order)
+        zeros = self.read(f"{part}.qzeros", int32, [groups, n // 8])
         if self.method == "gptq" and self.packer == "gptq":
-            zeros = zeros + 1
-        return codes.t(), scales.t().float(), zeros.t()
+            zeros = zeros + LESS
+        return codes.t(), scales.t().float(), unpacked(zeros, 1, order).t()
+
+    def zero_points(self, name: str, n: int, groups: int) -> Tensor:
+        """Those of compressed-tensors, uint8 [N, G]."""
+        if self.symmetric and name not in self.source.files:
+            return torch.full((n, groups), 8, dtype=torch.uint8)
+        with contextlib.suppress(UserError):  # as earlier versions wrote them
+            return (self.read(name, (torch.int8,), [n, groups]) + 8).to(torch.uint8) & 15
+        return unpacked(self.read(name, (torch.int32,), [n // 8, groups]), 0)
 
     def check_order(self, name: str, k: int) -> None:
         """A UserError unless the groups are of neighbouring columns."""
@@ -172,7 +188,6 @@ class Packed:
         rows = [n] if len(parts) == 1 else part_rows(self.source.config, name)
         pieces = [self.codes(part, m, k) for part, m in zip(parts, rows, strict=True)]
         codes, scales, zeros = (torch.cat(piece) for piece in zip(*pieces, strict=True))
-        check_finite(scales, f"{name}.scales")
         bias = None if linear.bias is None else self.source.tensor(f"{name}.bias")
         for part, m in zip(parts, rows, strict=True):  # AutoGPTQ stores a bias of zeros
             extra = f"{part}.bias"
@@ -191,6 +206,8 @@ class Converter(CheckpointQuantizer):
         *names, output_name = linear_names(source.config)
         layer = parse_mode("int4", packed.groupsize)  # AWQ's input scales are in other weights
         modes = {name: layer for name in names if packed.holds(name)}
+        if not modes:
+            raise UserError(f"{source.path}: no layer of it is quantized")
         if packed.holds(output_name):
             raise UserError(f"{source.path}: its LM head is quantized, which is not supported")
         head = head_mode(mode, lm_head)
@@ -222,6 +239,7 @@ class Converter(CheckpointQuantizer):
             full_name = f"layers.{index}.{name}"
             if tensor.is_meta:  # it was not quantized
                 tensor = self.source.tensor(full_name).to(self.dtype)
+            if tensor.dtype in FLOATS:
                 check_finite(tensor, full_name)
             self.writer.write(full_name, tensor)
 

@@ -12,6 +12,7 @@ from tiny import save_tiny
 from checkpoint import Writer, build_model, load_model, open_checkpoint, tensor_names
 from checkpoint_quantizer import CheckpointQuantizer
 from errors import UserError
+from huggingface import config_from_hf
 from quantize import head_mode, parse_mode
 
 LLAMA3 = {
@@ -261,6 +262,10 @@ def test_damaged_file_is_refused_in_one_line(tiny, damage):
     [
         ({"model_type": "bert"}, "model_type"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling"),
+        ({"rope_parameters": {"type": "yarn", "factor": 4}}, "rope scaling"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "differ between layers"),
+        ({"model_type": "mistral"}, "sliding-window"),  # 4096, where nothing is said
+        ({"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 1}, "sliding-w"),
         ({"hidden_size": None}, "malformed"),
         ({"hidden_size": 80}, "config.json says"),
         ({"hidden_act": "gelu"}, "hidden_act"),
@@ -288,6 +293,14 @@ def test_bad_config_is_refused_in_one_line(tiny, change, message):
     (tiny / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(UserError, match=message):
         load_model(open_checkpoint(tiny))
+
+
+def test_windows_that_no_layer_has(tiny):
+    hf = json.loads((tiny / "config.json").read_text())
+    for family in ("qwen2", "qwen3"):
+        windows = {"model_type": family, "use_sliding_window": True, "max_window_layers": 2}
+        assert config_from_hf({**hf, **windows}).n_layers == 2
+    assert config_from_hf({**hf, "model_type": "mistral", "sliding_window": None}).n_layers == 2
 
 
 def test_tensors_that_nothing_takes_are_named(tiny):

@@ -48,7 +48,10 @@ def words(codes: np.ndarray, axis: int, order=range(8)) -> torch.Tensor:
 
 
 def stored(kind: str, codes: np.ndarray, zeros: np.ndarray, scales: torch.Tensor) -> dict:
-    """The tensors of a module: codes [N, K], zeros [N, G], scales fp16 [N, G]."""
+    """The tensors of a module: codes [N, K], zeros [N, G], scales fp16 [N, G].
+
+    GPTQModel takes 1 off every zero of a word at once, so that a zero of 0 borrows from the next.
+    """
     if kind == "compressed":
         shape = torch.tensor(codes.shape)
         return {"weight_packed": words(codes, 1), "weight_scale": scales, "weight_shape": shape,
@@ -58,15 +61,15 @@ def stored(kind: str, codes: np.ndarray, zeros: np.ndarray, scales: torch.Tensor
         order = (0, 2, 4, 6, 1, 3, 5, 7)
         return {"qweight": words(codes.T, 1, order), "qzeros": words(zeros.T, 1, order),
                 "scales": scales}  # fmt: skip
-    less = int(kind == "gptq")
+    less = 0x11111111 if kind == "gptq" else 0
     order = torch.arange(codes.shape[1], dtype=torch.int32) // GROUP
-    return {"qweight": words(codes.T, 0), "qzeros": words(zeros.T - less, 1), "scales": scales,
+    return {"qweight": words(codes.T, 0), "qzeros": words(zeros.T, 1) - less, "scales": scales,
             "g_idx": order, "bias": torch.zeros(len(codes), dtype=torch.float16)}  # fmt: skip
 
 
 def save_packed(directory: Path, kind: str, **changes) -> torch.nn.Module:
     """A directory in that format; the model of transformers with the weights it stands for."""
-    reference = save_tiny(directory, torch.float32, **SHAPE, **changes)[1]
+    reference = save_tiny(directory, torch.float32, **{**SHAPE, **changes})[1]
     tensors, rng = load_file(directory / "model.safetensors"), np.random.default_rng(0)
     state = reference.state_dict()
     for name in list(tensors):
@@ -75,14 +78,14 @@ def save_packed(directory: Path, kind: str, **changes) -> torch.nn.Module:
             continue
         n, k = tensors.pop(name).shape
         codes = rng.integers(0, 16, (n, k))
-        zeros = rng.integers(1, 16, (n, k // GROUP))  # GPTQ's are 1 to 16
+        zeros = rng.integers(0, 16, (n, -(-k // GROUP)))
         scales = torch.from_numpy(rng.uniform(0.01, 0.03, zeros.shape)).half()
         own = stored(kind, codes, zeros, scales)
         if f"{module}.bias" in tensors:  # the model's own
             own.pop("bias", None)
         tensors |= {f"{module}.{key}": tensor for key, tensor in own.items()}
-        exact = torch.from_numpy(codes - zeros.repeat(GROUP, 1)).float()
-        state[name].copy_(exact * scales.float().repeat_interleave(GROUP, 1))
+        exact = torch.from_numpy(codes - zeros.repeat(GROUP, 1)[:, :k]).float()
+        state[name].copy_(exact * scales.float().repeat_interleave(GROUP, 1)[:, :k])
     save_file(tensors, directory / "model.safetensors")
     edit(directory, quantization_config=METHODS[kind])
     return reference
@@ -110,7 +113,9 @@ def run(*args) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("kind", METHODS)
 @pytest.mark.parametrize(
-    "changes", [{}, {"attention_bias": True}, {"family": "Qwen3", "head_dim": 16}], ids=str
+    "changes",
+    [{}, {"attention_bias": True}, {"family": "Qwen3", "head_dim": 16, "intermediate_size": 80}],
+    ids=["llama", "biases", "qwen3, a shorter last group"],
 )
 def test_weights_are_those_that_were_packed(tmp_path, kind, changes):
     reference = save_packed(tmp_path, kind, **changes)
@@ -130,8 +135,8 @@ def test_weights_are_those_that_were_packed(tmp_path, kind, changes):
             module = Int4Linear(want.shape[1], len(want), dtype=torch.float32, groupsize=GROUP)
             for key in ("weight", "scales", "zeros"):
                 setattr(module, key, source.tensor(f"layers.{layer}.{ours}.{key}"))
-            error = (module.dequantize() - want).abs() / module.scales.repeat_interleave(GROUP, 1)
-            assert error.max() < 1 / 16
+            step = module.scales.float().repeat_interleave(GROUP, 1)[:, : want.shape[1]]
+            assert ((module.dequantize() - want).abs() / step).max() < 1 / 16
             if f"{names[0]}.bias" in state:
                 biases = torch.cat([state[f"{name}.bias"] for name in names])
                 assert torch.equal(source.tensor(f"layers.{layer}.{ours}.bias"), biases)
@@ -170,7 +175,14 @@ def test_columns_in_another_order_are_refused(tmp_path, monkeypatch, capsys):
         ("gptq", {**METHODS["gptq"], "group_size": -1}, "int4 has 32, 64"),
         ("gptq", {**METHODS["gptq"], "checkpoint_format": "marlin"}, "gptq_v2"),
         ("awq", {**METHODS["awq"], "version": "gemv"}, "only gemm"),
-        ("awq", {**METHODS["awq"], "group_size": 128}, "no whole groups"),
+        ("gptq", {**METHODS["gptq"], "group_size": 32.0}, "int4 has 32, 64"),
+        ("gptq", {**METHODS["gptq"], "rotation": "hadamard"}, "rotation 'hadamard'"),
+        ("awq", {**METHODS["compressed"]}, "no layer of it is quantized"),
+        (
+            "compressed",
+            {**METHODS["compressed"], "transform_config": {"config_groups": {"a": 1}}},
+            "transform_config",
+        ),
         ("awq", {**METHODS["awq"], "group_size": 64}, "is [2, 64], not [1, 64]"),
         ("compressed", {**METHODS["compressed"], "format": "float-quantized"}, "pack-quantized"),
         ("compressed", {**METHODS["compressed"], "config_groups": {}}, "only 1"),
@@ -191,6 +203,7 @@ def test_what_int4_cannot_hold_is_refused(tmp_path, monkeypatch, capsys, kind, s
         ("mlp.down_proj.qweight", lambda t: t.float(), "float32"),
         ("self_attn.q_proj.scales", lambda t: t / 0, "NaN or inf"),
         ("self_attn.o_proj.bias", lambda t: t + 1, "config.json says not"),
+        ("input_layernorm.weight", None, "incomplete or another model"),
         ("self_attn.o_proj.unknown", lambda t: torch.ones(1), "does not account for"),
         ("input_layernorm.weight", lambda t: t[1:], r"\[63\]"),
     ],
@@ -203,6 +216,41 @@ def test_damaged_directories_are_refused(tmp_path, monkeypatch, capsys, name, ch
         tensors[name] = change(tensor).contiguous()
     save_file(tensors, tmp_path / "model.safetensors")
     assert re.search(message, refused(tmp_path, monkeypatch, capsys))
+
+
+def test_zero_points_of_compressed_tensors(tmp_path, monkeypatch, capsys):
+    """As int8, as earlier versions wrote them; none only where weights are symmetric."""
+    save_packed(tmp_path, "compressed")
+    assert run(tmp_path, "--output", tmp_path / "packed.safetensors").returncode == 0
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("zero_point")]:
+        words = tensors.pop(name)
+        codes = torch.stack([(words >> 4 * i) & 15 for i in range(8)], 1).flatten(0, 1)
+        tensors[name] = (codes - 8).to(torch.int8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert run(tmp_path, "--output", tmp_path / "int8.safetensors").returncode == 0
+    packed = (tmp_path / "packed.safetensors").read_bytes()
+    assert (tmp_path / "int8.safetensors").read_bytes() == packed
+
+    none = {name: tensor for name, tensor in tensors.items() if not name.endswith("zero_point")}
+    save_file(none, tmp_path / "model.safetensors")
+    assert "weight_zero_point" in refused(tmp_path, monkeypatch, capsys)
+    settings = METHODS["compressed"]["config_groups"]["group_0"]["weights"]
+    group = {"group_0": {"weights": {**settings, "symmetric": True}}}
+    edit(tmp_path, quantization_config={**METHODS["compressed"], "config_groups": group})
+    assert run(tmp_path, "--output", tmp_path / "symmetric.safetensors").returncode == 0
+    zeros = open_checkpoint(tmp_path / "symmetric.safetensors").tensor(
+        "layers.0.attention.wo.zeros"
+    )
+    assert not zeros.any()
+
+
+def test_biases_that_are_no_numbers_are_refused(tmp_path, monkeypatch, capsys):
+    save_packed(tmp_path, "awq", attention_bias=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.bias"] *= torch.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert "layers.1.attention.wqkv.bias holds NaN" in refused(tmp_path, monkeypatch, capsys)
 
 
 def test_such_a_directory_says_what_to_do(tmp_path):
