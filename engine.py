@@ -100,6 +100,16 @@ def cache_length(tokens: int) -> int:
     return -(-max(tokens, 1) // BUCKETS[0]) * BUCKETS[0]
 
 
+def compiled(step: Callable, mode: str | None, dynamic: bool = False) -> Callable:
+    """`step` through torch.compile, in one graph.
+
+    Torch's limit of recompilations is lifted for the whole process: each engine compiles its steps
+    anew.
+    """
+    torch._dynamo.config.recompile_limit = 2**20
+    return torch.compile(step, mode=mode, fullgraph=True, dynamic=dynamic)
+
+
 class Engine:
     """A model with a cache of `length` slots for `batch` sequences, ready to generate.
 
@@ -148,7 +158,9 @@ class Engine:
         if compile_mode is not None and compile_prefill:
             self.compiled.append("prefill")
             dynamic = buckets is None
-            self.prefill_step = torch.compile(self._prefill_step, fullgraph=True, dynamic=dynamic)
+            captured = self.device.type == "cuda" and compile_mode in GRAPH_MODES and not dynamic
+            mode = compile_mode if captured else None
+            self.prefill_step = compiled(self._prefill_step, mode, dynamic)
             # Few rows are one operator: dynamic needs these too, on CUDA of every block of rows.
             # The largest chunk is cut to the cache's size: the longest prompt runs it.
             sizes = {min(b, length - 1) for b in buckets or (2, 9, MOST_ROWS, *BUCKETS)}
@@ -167,15 +179,12 @@ class Engine:
         """`step` through torch.compile, if that is asked for and pays.
 
         On so few rows that the model is one operator there is nothing to fuse, and Dynamo's guards
-        and wrappers would add a quarter of a millisecond. With a step of Triton kernels, torch's
-        limit of recompilations is lifted for the whole process.
+        and wrappers would add a quarter of a millisecond.
         """
         if self.compile_mode is None or self.model.fused(rows):
             return step
         self.compiled.append(name)
-        if self.model.step_number is not None:  # a constant of the graph, another in each engine
-            torch._dynamo.config.recompile_limit = 2**20
-        return torch.compile(step, mode=self.compile_mode, fullgraph=True, dynamic=False)
+        return compiled(step, self.compile_mode)
 
     def _decode_step(self, token: Tensor, start: Tensor, u: Tensor) -> Tensor:
         """token [B, 1] at positions start [B] -> the next token [B, 1]."""
@@ -199,6 +208,12 @@ class Engine:
         """[steps, B] numbers in [0, 1) for as many draws."""
         return torch.rand(steps, self.batch, generator=self.generator).to(self.device)
 
+    def sent(self, t: Tensor) -> Tensor:
+        """A tensor of the host on the engine's device, without waiting for what that still does."""
+        if self.device.type != "cuda":
+            return t
+        return t.pin_memory().to(self.device, non_blocking=True)
+
     def prefill(self, prompts: list[list[int]], first: int = 0) -> Tensor:
         """Run the prompts from token `first` on (the cache holds the earlier ones).
 
@@ -219,8 +234,10 @@ class Engine:
             here = torch.tensor([begin <= n - 1 < begin + size for n in lengths])
             start = torch.full((len(prompts),), begin, dtype=torch.int64)
             with torch.inference_mode():
-                chunk, start, last, here = (t.to(self.device) for t in (chunk, start, last, here))
+                chunk, start, last, here = map(self.sent, (chunk, start, last, here))
                 new = self.prefill_step(chunk, start, last)
+                if self.device.type == "cuda":  # a replayed CUDA graph writes over its last output
+                    new = new.clone()
                 logits = new if logits is None else torch.where(here[:, None], new, logits)
             position = begin + size
         if not logits.sum(dtype=torch.float32).isfinite():  # a fifth of isfinite().all()'s time
@@ -323,9 +340,9 @@ class Engine:
         """
         begin, drawn = time.perf_counter(), self.generator.get_state()
         for size in sorted({min(prompt_tokens, self.length - 1), *self.warm_sizes} - {0}):
-            prompt = [[1] * size] * self.batch
-            self.generate(prompt, min(4, self.length - size))
-            self.cached = []
+            for _ in range(1 + (self.device.type == "cuda")):  # a second run captures CUDA graphs
+                self.generate([[1] * size] * self.batch, min(4, self.length - size))
+                self.cached = []
         self.generator.set_state(drawn)
         return time.perf_counter() - begin
 

@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 from torch import Tensor
 
-from engine import Engine
+from engine import COMPILE_MODE, Engine
 from errors import UserError, progress
 from model import Transformer
 from sampling import Sampling, sample
@@ -177,7 +177,7 @@ class FlatllamaLM(TemplateLM):
         self.scorer = None  # the engine gives the model a cache of its own
         engine = Engine(
             self.model, sampling(settings), batch=self.batch, length=longest + new_tokens,
-            kv_cache=self.kv_cache, compile_mode="default" if self.compiled else None,
+            kv_cache=self.kv_cache, compile_mode=COMPILE_MODE if self.compiled else None,
         )  # fmt: skip
         texts = [""] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))

@@ -52,7 +52,8 @@ def reset_peak_memory(device: str) -> None:
 def free_memory(device: str) -> float:
     """Bytes that can still be taken; infinite where the system does not say."""
     if device.startswith("cuda"):
-        return torch.cuda.mem_get_info()[0]
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # torch keeps it
+        return torch.cuda.mem_get_info()[0] + unused
     info = Path("/proc/meminfo")
     lines = info.read_text().splitlines() if info.exists() else []
     free = [int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:")]

@@ -143,8 +143,11 @@ def described_model(model: Transformer) -> dict:
 
 
 def load_step(path: Path, name: str) -> AOTIModelPackageLoader:
-    """One compiled step of a package: torch's loader without the 2 s import of its wrapper."""
-    return AOTIModelPackageLoader(str(path), name, False, 1, -1)
+    """One compiled step of a package: torch's loader without the 2 s import of its wrapper.
+
+    For one thread: for more it would wait on a GPU until a run has ended before it begins another.
+    """
+    return AOTIModelPackageLoader(str(path), name, True, 1, -1)
 
 
 class Package:

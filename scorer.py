@@ -42,7 +42,7 @@ class Scorer:
         self.chunk = min(max(rows // batch, least), -(-length // least) * least)
         self.slots = -(-length // self.chunk) * self.chunk
         self.model, self.own_cache = model, model.setup_cache(batch, self.slots, kv_cache)
-        if batch * self.chunk <= MOST_ROWS and self.device.type == "cpu":  # see Engine
+        if batch * self.chunk <= MOST_ROWS:
             model.fuse()
         self.forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
 

@@ -22,6 +22,7 @@ import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -70,7 +71,8 @@ def start(device: str) -> Ranks | None:
             raise errors.UserError(f"no {missing[0]}: start several processes with torchrun")
         if device.startswith("cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # of a chat, whose user thinks
         atexit.register(dist.destroy_process_group)
         if dist.get_rank():
             errors.mute(f"rank {dist.get_rank()}: ")
@@ -82,7 +84,7 @@ def from_rank_0(make: Callable[[], T]) -> T:
     if not dist.is_initialized():
         return make()
     box = [make() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box, 0)
+    dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
     return box[0]
 
 

@@ -76,6 +76,10 @@ def masked_attention(
         k, v = ((c.float() * s.float()).to(q.dtype) for c, s in ((k, k_scale), (v, v_scale)))
     position = start[:, None] + torch.arange(q.shape[2], device=q.device)  # [B, T]
     seen = torch.arange(k.shape[2], device=q.device) <= position[..., None]  # [B, T, S]
+    if q.shape[2] == 1:  # heads that share keys as rows: the fast ones take no groups with a mask
+        rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, H_kv, H / H_kv, D]
+        y = F.scaled_dot_product_attention(rows, k, v, seen[:, None])
+        return y.flatten(1, 2).unsqueeze(2)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, seen[:, None], enable_gqa=grouped)
 

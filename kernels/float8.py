@@ -105,7 +105,8 @@ class Float8DynamicRowLinear(Float8Linear):
     def triton_multiply(self, x: Tensor) -> Tensor:
         """Few rows by our kernel, which reads the weight once; many on the float8 units."""
         if x.numel() > MATVEC_ROWS * self.in_features and self.has_scaled_mm():
-            return self.scaled_mm(*self.quantize_input(x), x.dtype)
+            q, scale = self.quantized_input(x)
+            return self.scaled_mm(q.to(torch.float8_e4m3fn), scale, x.dtype)
         return super().triton_multiply(x)
 
     def multiply(self, x: Tensor) -> Tensor:

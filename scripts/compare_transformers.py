@@ -10,6 +10,7 @@ new tokens over the time from the first to the last, the median of the turns.
 """
 
 import argparse
+import gc
 import importlib.util
 import statistics
 import sys
@@ -150,6 +151,11 @@ def compare(mode: str, args: argparse.Namespace) -> dict:
         progress(f"{mode}: turn {turn + 1} of {args.turns}")
         turns.append([side.tokens_per_s() for side in sides])
     progress("")
+    del side, sides  # each is in a cycle, and its graphs live until torch forgets them
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     mine, other = (statistics.median(column) for column in zip(*turns, strict=True))
     return {"mode": mode, "tokens_per_s": mine, "peer_tokens_per_s": other,
             "ratio": mine / other, "turns": turns,

@@ -235,9 +235,9 @@ def triton_linear(
     x: Tensor, fours: Tensor | None, twos: Tensor | None, ones: Tensor | None,
     scales: Tensor | None, row_scales: Tensor | None, table: Tensor | None,
     arrived: Tensor | None, x_scale: Tensor | None, bias: Tensor | None, n: int, k: int,
-    kind: str, bits: int, exponent: int, zero: str, group: int, inner: bool, dtype: torch.dtype,
+    kind: str, bits: int, exponent: int, zero: str, group: int, inner: bool, dtype: str,
 ) -> Tensor:  # fmt: skip
-    """y [M, N] in `dtype` = (x [M, K] times the weight) x_scale [M] + bias. See TritonWeight.
+    """y [M, N] = (x [M, K] times the weight) x_scale [M] + bias, in `dtype`. See TritonWeight.
 
     x is bf16, fp16, fp32, or int8, which is multiplied in integers. The planes are those of
     layout.py, 8 bits and more in `fours`; scales [G, N]; row_scales [N]; table fp32 [16]; arrived
@@ -246,7 +246,7 @@ def triton_linear(
     if kind == "e4m3" and not converts_float8(x.device):
         kind = "float"
     rows = x.shape[0]
-    out = torch.empty((rows, n), dtype=dtype, device=x.device)
+    out = torch.empty((rows, n), dtype=getattr(torch, dtype), device=x.device)
     if out.numel() == 0:
         return out
     x, planes = x.contiguous(), [fours, twos, ones]
@@ -284,4 +284,4 @@ def _(
     x, fours, twos, ones, scales, row_scales, table, arrived, x_scale, bias, n, k, kind, bits,
     exponent, zero, group, inner, dtype,
 ):  # fmt: skip
-    return x.new_empty((x.shape[0], n), dtype=dtype)
+    return x.new_empty((x.shape[0], n), dtype=getattr(torch, dtype))

@@ -7,6 +7,11 @@ from torch import Tensor, nn
 from kernels.cuda.layout import CHUNK
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Its name, bfloat16: operators take names, as packages of torch 2.11 hand on wrong numbers."""
+    return str(dtype).removeprefix("torch.")
+
+
 class TritonWeight(nn.Module):
     """The weight [N, K] of a linear layer, whatever its format.
 
@@ -77,7 +82,7 @@ class TritonWeight(nn.Module):
         return torch.ops.flatllama.triton_linear(
             x, self.fours, self.twos, self.ones, self.scales, self.row_scales, self.table,
             self.arrived, x_scale, bias, self.n, self.k, self.kind, self.bits, self.exponent,
-            self.zero, self.groupsize, self.inner, dtype,
+            self.zero, self.groupsize, self.inner, dtype_name(dtype),
         )  # fmt: skip
 
 
@@ -86,6 +91,6 @@ def float_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     none = (None,) * 7
     y = torch.ops.flatllama.triton_linear(
         x.reshape(-1, x.shape[-1]), weight.contiguous(), *none, bias, *weight.shape, "plain", 8, 0,
-        "none", 0, False, x.dtype,
+        "none", 0, False, dtype_name(x.dtype),
     )  # fmt: skip
     return y.view(*x.shape[:-1], weight.shape[0])
