@@ -29,7 +29,7 @@ def test_forms(form, case, int8):
 
 
 def test_the_formula_by_hand():
-    """Two heads on one key: weights 1 / (1 + e) and e / (1 + e) over two slots, the third unseen."""
+    """Two heads on one key: weights 1 and e over 1 + e for two slots, the third unseen."""
     q = torch.tensor([[[[1.0]], [[0.0]]]])
     k, v = torch.tensor([[[[0.0], [1.0], [9.0]]]]), torch.tensor([[[[2.0], [4.0], [99.0]]]])
     y = attention_reference(q, k, v, torch.tensor([1])).flatten()
