@@ -8,13 +8,16 @@ part=${1:?1, 2, 3 or 4} out=${2:?a folder for the results}
 mkdir -p "$out"
 run=(--random_weights llama-3-8b --device cuda --prompt 128)
 fill() {  # KERNELS COMPILE_MODE MODE...: compile their steps, four at a time, for `bench` to find in the caches
-    local mode flags
+    local mode flags said
     for mode in "${@:3}"; do
         flags=(--quantization "${mode%:*}")
         [[ $mode == *:* ]] && flags+=(--groupsize "${mode#*:}")
         while (($(jobs -rp | wc -l) >= 4)); do wait -n; done
-        TORCHINDUCTOR_COMPILE_THREADS=2 python3 generate.py "${run[@]}" "${flags[@]}" --kernels "$1" --compile --compile_mode "$2" \
-            --max_new_tokens 8 --cache_size 384 --temperature 0 --ignore_eos >/dev/null 2>>"$out/fill_errors.txt" &
+        {
+            said=$(TORCHINDUCTOR_COMPILE_THREADS=2 python3 generate.py "${run[@]}" "${flags[@]}" --kernels "$1" \
+                --compile --compile_mode "$2" --max_new_tokens 8 --cache_size 384 --temperature 0 --ignore_eos \
+                2>&1 >/dev/null) || echo "$mode was not compiled: ${said##*$'\n'}" >&2
+        } &
     done
 }
 bench() {  # NAME, then flags of bench.py
