@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import autoquant
 import eval as evaluation
 import generate
+import generate_report
 import quantize
 from calibration import BUNDLED
 from kernels import choice
@@ -59,7 +60,7 @@ def source(default_model, tmp_path_factory):
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """run(module, **flags): a command line in this process -> what its --json wrote."""
-    monkeypatch.setattr(generate, "read_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(generate_report, "read_bandwidth", lambda device: 1e10)
     monkeypatch.setattr(autoquant, "WORKING_SET", 2**18)
     monkeypatch.setattr(choice, "_setting", "auto")  # restored, whatever --kernels sets
 
