@@ -100,8 +100,8 @@ def cache_length(tokens: int) -> int:
     return -(-max(tokens, 1) // BUCKETS[0]) * BUCKETS[0]
 
 
-def compiled(step: Callable, mode: str | None, dynamic: bool = False) -> Callable:
-    """`step` through torch.compile, in one graph.
+def one_graph(step: Callable, mode: str | None, dynamic: bool = False) -> Callable:
+    """`step` through torch.compile.
 
     Torch's limit of recompilations is lifted for the whole process: each engine compiles its steps
     anew.
@@ -160,7 +160,7 @@ class Engine:
             dynamic = buckets is None
             captured = self.device.type == "cuda" and compile_mode in GRAPH_MODES and not dynamic
             mode = compile_mode if captured else None
-            self.prefill_step = compiled(self._prefill_step, mode, dynamic)
+            self.prefill_step = one_graph(self._prefill_step, mode, dynamic)
             # Few rows are one operator: dynamic needs these too, on CUDA of every block of rows.
             # The largest chunk is cut to the cache's size: the longest prompt runs it.
             sizes = {min(b, length - 1) for b in buckets or (2, 9, MOST_ROWS, *BUCKETS)}
@@ -184,7 +184,7 @@ class Engine:
         if self.compile_mode is None or self.model.fused(rows):
             return step
         self.compiled.append(name)
-        return compiled(step, self.compile_mode)
+        return one_graph(step, self.compile_mode)
 
     def _decode_step(self, token: Tensor, start: Tensor, u: Tensor) -> Tensor:
         """token [B, 1] at positions start [B] -> the next token [B, 1]."""
@@ -208,7 +208,7 @@ class Engine:
         """[steps, B] numbers in [0, 1) for as many draws."""
         return torch.rand(steps, self.batch, generator=self.generator).to(self.device)
 
-    def sent(self, t: Tensor) -> Tensor:
+    def upload(self, t: Tensor) -> Tensor:
         """A tensor of the host on the engine's device, without waiting for what that still does."""
         if self.device.type != "cuda":
             return t
@@ -234,7 +234,7 @@ class Engine:
             here = torch.tensor([begin <= n - 1 < begin + size for n in lengths])
             start = torch.full((len(prompts),), begin, dtype=torch.int64)
             with torch.inference_mode():
-                chunk, start, last, here = map(self.sent, (chunk, start, last, here))
+                chunk, start, last, here = map(self.upload, (chunk, start, last, here))
                 new = self.prefill_step(chunk, start, last)
                 if self.device.type == "cuda":  # a replayed CUDA graph writes over its last output
                     new = new.clone()

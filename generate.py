@@ -219,7 +219,7 @@ def prompts_and_length(
 
 
 def check_cache_memory(model: Transformer, batch: int, length: int, args) -> None:
-    """A UserError where there is no room for the cache; of tensor parallelism nothing is known."""
+    """A UserError where there is no room for the cache; tensor parallelism is not checked."""
     if processes() == 1:
         dtype, slots = model.tok_embeddings.weight.dtype, cache_length(length)
         wanted = predict.cache_bytes(model.config, slots, args.kv_cache, batch, dtype)

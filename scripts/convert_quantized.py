@@ -22,7 +22,6 @@ Sources: the packing code of AutoGPTQ 0.7.1, GPTQModel 7.7.0, AutoAWQ 0.2.9 and 
 0.20.0.
 """
 
-import contextlib
 import sys
 import time
 from pathlib import Path
@@ -120,6 +119,7 @@ class Packed:
         if type(self.groupsize) is not int or self.groupsize not in Int4Linear.groupsizes:
             sizes = ", ".join(map(str, Int4Linear.groupsizes))
             raise UserError(f"group_size {self.groupsize!r} in config.json: int4 has {sizes}")
+        self.mode = parse_mode(MODES[self.method], self.groupsize)
 
     def parts(self, name: str) -> list[str]:
         """The Hugging Face modules that our layer `name` stacks."""
@@ -171,9 +171,13 @@ class Packed:
         """Those of compressed-tensors, uint8 [N, G]."""
         if self.symmetric and name not in self.source.files:
             return torch.full((n, groups), 8, dtype=torch.uint8)
-        with contextlib.suppress(UserError):  # as earlier versions wrote them
-            return (self.read(name, (torch.int8,), [n, groups]) + 8).to(torch.uint8) & 15
-        return unpacked(self.read(name, (torch.int32,), [n // 8, groups]), 0)
+        try:
+            zeros = self.read(name, (torch.int8,), [n, groups]).int() + 8  # earlier versions
+        except UserError:
+            return unpacked(self.read(name, (torch.int32,), [n // 8, groups]), 0)
+        if zeros.min() < 0 or zeros.max() > 15:
+            raise UserError(f"{self.source.path}: {name} holds more than 4 bits")
+        return zeros.to(torch.uint8)
 
     def check_order(self, name: str, k: int) -> None:
         """A UserError unless the groups are of neighbouring columns."""
@@ -200,9 +204,8 @@ class Packed:
 class Converter(CheckpointQuantizer):
     """Writes the layers of a `Packed` as int4, and the rest as a CheckpointQuantizer does."""
 
-    def __init__(self, packed: Packed, output: Path, lm_head: str | None):
-        self.packed, source = packed, packed.source
-        mode = parse_mode(MODES[packed.method], packed.groupsize)
+    def __init__(self, packed: Packed, output: Path, lm_head: str):
+        self.packed, source, mode = packed, packed.source, packed.mode
         *names, output_name = linear_names(source.config)
         layer = parse_mode("int4", packed.groupsize)  # AWQ's input scales are in other weights
         modes = {name: layer for name in names if packed.holds(name)}
@@ -256,8 +259,7 @@ def main() -> None:
     if source.header:
         raise UserError(f"{source.path} is a file of quantize.py already")
     packed = Packed(source)
-    mode = parse_mode(MODES[packed.method], packed.groupsize)
-    output = args.output or default_output(source, mode)
+    output = args.output or default_output(source, packed.mode)
     check_outputs(None, replaced=output, inputs=source.own_files())
     job = Converter(packed, output, args.lm_head)
     job.run(lambda text: progress(f"{text}, {time.perf_counter() - begin:.0f} s"))

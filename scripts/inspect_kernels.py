@@ -113,15 +113,15 @@ def attention_launches(tokens: int, dtype: torch.dtype, fresh: bool = False) -> 
     from kernels.cuda import attention
 
     q, cache = empty(1, 32, tokens, 128), empty(1, 8, 4096, 128, dtype=dtype)
-    start, scale, fresh_ones = empty(1, dtype=torch.int64), None, None
+    start, scale, new = empty(1, dtype=torch.int64), None, None
     if dtype == torch.int8:
         scale = empty(1, 8, 4096, 1)
     if fresh:
-        q, *new = empty(1, 48, tokens, 128).split([32, 8, 8], dim=1)
+        q, *keys_values = empty(1, 48, tokens, 128).split([32, 8, 8], dim=1)
         table = empty(4096, 64, dtype=torch.float32)
-        fresh_ones = attention.Fresh(*new, table, table)
+        new = attention.Fresh(*keys_values, table, table)
     out, on = empty(1, 32, tokens, 128), Card(PROCESSORS, 0)
-    return attention.attention_launches(q, cache, cache, start, scale, scale, out, on, fresh_ones)
+    return attention.attention_launches(q, cache, cache, start, scale, scale, out, on, new)
 
 
 def step_launches(capability: int) -> Iterator[tuple[str, int, Launch]]:

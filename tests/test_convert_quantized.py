@@ -102,7 +102,8 @@ def refused(directory: Path, monkeypatch, capsys) -> str:
     with pytest.raises(SystemExit) as stop:
         cli(main)
     assert stop.value.code == 2
-    assert not [p for p in directory.iterdir() if p.name.endswith((".partial", "g32.safetensors"))]
+    left = (".partial", "g32.safetensors")
+    assert not [path for path in directory.iterdir() if path.name.endswith(left)]
     return capsys.readouterr().err
 
 
@@ -231,6 +232,12 @@ def test_zero_points_of_compressed_tensors(tmp_path, monkeypatch, capsys):
     assert run(tmp_path, "--output", tmp_path / "int8.safetensors").returncode == 0
     packed = (tmp_path / "packed.safetensors").read_bytes()
     assert (tmp_path / "int8.safetensors").read_bytes() == packed
+
+    name = next(name for name in tensors if name.endswith("down_proj.weight_zero_point"))
+    wrong = tensors[name].clone()
+    wrong[0, 0] = 8
+    save_file({**tensors, name: wrong}, tmp_path / "model.safetensors")
+    assert "more than 4 bits" in refused(tmp_path, monkeypatch, capsys)
 
     none = {name: tensor for name, tensor in tensors.items() if not name.endswith("zero_point")}
     save_file(none, tmp_path / "model.safetensors")
