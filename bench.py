@@ -29,7 +29,6 @@ import bench_start
 from bench_entries import DEFAULT_MODES, Entry, code_modified, make_entries, modified, run_script
 from bench_report import Row, check_plot, plot, table
 from checkpoint import open_checkpoint
-from engine import COMPILE_MODE, COMPILE_MODES
 from errors import (
     Parser,
     UserError,
@@ -40,6 +39,7 @@ from errors import (
     progress,
     write_json,
 )
+from graphs import COMPILE_MODE, COMPILE_MODES
 from kernels.choice import KERNELS
 from loading import add_cache_argument
 from model import CONFIGS

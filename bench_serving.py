@@ -19,16 +19,9 @@ import torch
 
 from bench_report import check_plot, markdown, pyplot, save
 from checkpoint import open_checkpoint
-from engine import (
-    BUCKETS,
-    COMPILE_MODE,
-    COMPILE_MODES,
-    Engine,
-    cache_length,
-    compiled_graphs,
-    configure_compiler,
-)
+from engine import BUCKETS, Engine, cache_length
 from errors import Parser, UserError, check_outputs, check_seed, progress, write_json
+from graphs import COMPILE_MODE, COMPILE_MODES, compiled_graphs, configure_compiler
 from loading import add_cache_argument, add_model_arguments, load
 from measure import device_name, peak_memory, reset_peak_memory, spread, step_bytes
 from model import CONFIGS, Transformer

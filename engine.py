@@ -6,24 +6,21 @@ bucket sizes, and positions are tensors. On a GPU the host never waits inside th
 step's token while the next step runs.
 """
 
-import sys
 import time
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from errors import UserError
-from kernels import native
+from graphs import GRAPH_MODES, Captured, one_graph
 from kernels.decode import MOST_ROWS, decode_greedy
 from model import Transformer
 from sampling import Sampling, greedy, sample
 
 BUCKETS = (64, 128, 256, 512)  # a prompt runs in chunks of these sizes, padded on the right
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-COMPILE_MODE = "reduce-overhead"  # what the command lines take by default
-GRAPH_MODES = ("reduce-overhead", "max-autotune")  # that capture a CUDA graph
 
 
 def greedy_step(model: Transformer, tokens: Tensor, start: Tensor) -> Tensor:
@@ -100,28 +97,24 @@ def cache_length(tokens: int) -> int:
     return -(-max(tokens, 1) // BUCKETS[0]) * BUCKETS[0]
 
 
-def one_graph(step: Callable, mode: str | None, dynamic: bool = False) -> Callable:
-    """`step` through torch.compile.
-
-    Torch's limit of recompilations is lifted for the whole process: each engine compiles its steps
-    anew.
-    """
-    torch._dynamo.config.recompile_limit = 2**20
-    return torch.compile(step, mode=mode, fullgraph=True, dynamic=dynamic)
+def aligned_rows(t: Tensor) -> Tensor:
+    """[N, B], each row at a multiple of 16 bytes: others compiled code would first copy."""
+    size, b = t.element_size(), t.shape[1]
+    return F.pad(t, (0, -b % (16 // size)))[:, :b]
 
 
 class Engine:
     """A model with a cache of `length` slots for `batch` sequences, ready to generate.
 
     Args:
-        compile_mode: None runs eagerly; otherwise torch.compile's mode for the decode step.
+        compile_mode: None runs eagerly; otherwise torch.compile's mode for the decode step. Where
+            that captures CUDA graphs, the prefill of a bucket, too, is one from its second run on.
         compile_prefill: compile the prefill of each bucket too.
         kv_cache: "bf16" (the model's dtype) or "int8".
         buckets: sizes of prefill chunks, ascending. None: chunks of the largest bucket and the rest
             unpadded, compiled for a dynamic length.
         spare: slots beyond `length`, written to but never kept.
-        fused: run steps as one operator where there is one; then hooks on layers are not called. On
-            CUDA only in a graph, outside of which the host would be busy launching its kernels.
+        fused: run steps as one operator where there is one; then hooks on layers are not called.
     """
 
     def __init__(
@@ -146,7 +139,7 @@ class Engine:
         self.device = model.tok_embeddings.weight.device
         self.slots, self.buckets = cache_length(length + spare), buckets
         self.own_cache = model.setup_cache(batch, self.slots, kv_cache)
-        if fused and (self.device.type == "cpu" or compile_mode in GRAPH_MODES):
+        if fused:
             model.fuse()
         self.generator = torch.Generator().manual_seed(seed)
         self.cached = []
@@ -155,16 +148,17 @@ class Engine:
         self.decode_step = self.compile("decode step", self._decode_step, batch)
         self.prefill_step = self._prefill_step
         self.warm_sizes: list[int] = []  # prompt lengths that between them use every bucket
+        graphs = self.device.type == "cuda" and compile_mode in GRAPH_MODES and buckets is not None
         if compile_mode is not None and compile_prefill:
             self.compiled.append("prefill")
-            dynamic = buckets is None
-            captured = self.device.type == "cuda" and compile_mode in GRAPH_MODES and not dynamic
-            mode = compile_mode if captured else None
-            self.prefill_step = one_graph(self._prefill_step, mode, dynamic)
+            mode = compile_mode if graphs else None
+            self.prefill_step = one_graph(self._prefill_step, mode, dynamic=buckets is None)
             # Few rows are one operator: dynamic needs these too, on CUDA of every block of rows.
             # The largest chunk is cut to the cache's size: the longest prompt runs it.
             sizes = {min(b, length - 1) for b in buckets or (2, 9, MOST_ROWS, *BUCKETS)}
             self.warm_sizes = sorted(sizes - {0})
+        elif graphs:
+            self.prefill_step = Captured(self._prefill_step, lambda: model.revision)
 
     @property
     def cached(self) -> list[int]:
@@ -283,6 +277,7 @@ class Engine:
     def _decode(self, token: Tensor, start: Tensor, u: Tensor, rows: Rows, clock: Clock) -> None:
         """Go on from `token` [B, 1], to be run at positions `start` [B]: a step per row of u."""
         positions = start + torch.arange(len(u), device=self.device)[:, None]  # [steps, B]
+        positions, u = aligned_rows(positions), aligned_rows(u)
         for uniform, position in zip(u, positions, strict=True):
             # a replayed CUDA graph writes over its last output
             previous = token.clone() if self.device.type == "cuda" else token
@@ -345,34 +340,3 @@ class Engine:
                 self.cached = []
         self.generator.set_state(drawn)
         return time.perf_counter() - begin
-
-
-def configure_compiler(device: str | torch.device) -> None:
-    """Inductor settings for decoding; called by each command line, never by an import.
-
-    UserError where it has no C++ compiler for the CPU.
-    """
-    import torch._inductor.config as config
-
-    if torch.device(device).type == "cpu":
-        if (compiler := native.find_compiler()) is None:
-            raise UserError("torch.compile needs a C++ compiler: install g++, or do not compile")
-        config.cpp.cxx = (compiler,)
-    config.coordinate_descent_tuning = True
-    config.size_asserts = False  # checks between kernels, every step
-    config.triton.unique_kernel_names = True
-    torch.set_float32_matmul_precision("high")
-
-
-def compiled_graphs() -> int:
-    """How many graphs torch.compile has made so far: a difference of 0 is no recompilation."""
-    if "torch._dynamo" not in sys.modules:  # importing it takes 2 s
-        return 0
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def skipped_graphs() -> int:
-    """How many compiled graphs torch left out of CUDA graphs, though the mode asked for them."""
-    if "torch._dynamo" not in sys.modules:
-        return 0
-    return torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]

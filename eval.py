@@ -26,8 +26,8 @@ from torch import Tensor
 
 from calibration import BUNDLED
 from checkpoint import load_model, open_checkpoint
-from engine import configure_compiler
 from errors import Parser, UserError, check_outputs, cli, progress, write_json
+from graphs import configure_compiler
 from loading import add_cache_argument, add_model_arguments, load
 from model import Transformer
 from modes import FLOAT_MODES

@@ -15,15 +15,7 @@ import predict
 import tp
 from chat import Streamer, chat, render_chat
 from checkpoint import open_checkpoint
-from engine import (
-    COMPILE_MODE,
-    COMPILE_MODES,
-    Engine,
-    Result,
-    cache_length,
-    compiled_graphs,
-    configure_compiler,
-)
+from engine import Engine, Result, cache_length
 from errors import (
     Parser,
     UserError,
@@ -37,6 +29,7 @@ from errors import (
     written_whole,
 )  # fmt: skip
 from generate_report import print_report, report
+from graphs import COMPILE_MODE, COMPILE_MODES, compiled_graphs, configure_compiler
 from loading import add_cache_argument, add_model_arguments, load
 from measure import (
     check_memory,

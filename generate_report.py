@@ -7,7 +7,8 @@ import sys
 
 import torch
 
-from engine import Engine, Result, skipped_graphs
+from engine import Engine, Result
+from graphs import skipped_graphs
 from measure import device_name, peak_memory, read_bandwidth, spread, step_bytes, weight_bytes
 
 

@@ -20,8 +20,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 from torch import Tensor
 
-from engine import COMPILE_MODE, Engine
+from engine import Engine
 from errors import UserError, progress
+from graphs import COMPILE_MODE
 from model import Transformer
 from sampling import Sampling, sample
 from scorer import Scorer

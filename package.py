@@ -19,6 +19,7 @@ from torch._C._aoti import AOTIModelPackageLoader
 
 from engine import BUCKETS, Engine
 from errors import UserError
+from graphs import Captured
 from kernels import native
 from kernels.choice import kernels
 from kernels.linear import QuantizedLinear
@@ -82,6 +83,7 @@ def write_package(engine: Engine, path: Path, report: Callable[[str], None]) -> 
     """
     # Two seconds, which those who only run a package shall not wait.
     from torch._inductor import aot_compile
+    from torch._inductor.exc import CppCompileError, InductorError
     from torch._inductor.package import package_aoti
 
     if path.suffix != ".pt2":
@@ -111,7 +113,10 @@ def write_package(engine: Engine, path: Path, report: Callable[[str], None]) -> 
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
             program = torch.export.export(step, example)
-            files[name] = aot_compile(program.module(), example, options=options)
+            try:
+                files[name] = aot_compile(program.module(), example, options=options)
+            except (CppCompileError, InductorError) as error:
+                raise UserError(compiler_said(error, device)) from None
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.pt2")
     try:
         package_aoti(str(temporary), files)
@@ -120,6 +125,16 @@ def write_package(engine: Engine, path: Path, report: Callable[[str], None]) -> 
         raise UserError(f"cannot write {path}: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def compiler_said(error: Exception, device: torch.device) -> str:
+    """Its first complaint in one line, and what is often missing."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    first = next((line for line in lines if "error:" in line or "cannot find" in line), lines[0])
+    hint = ""
+    if device.type == "cuda":
+        hint = "; it needs the headers of the CUDA toolkit (CUDA_HOME) and the driver's libcuda.so"
+    return f"the steps do not compile: {first}{hint}"
 
 
 def cache_kind(engine: Engine) -> str:
@@ -198,4 +213,10 @@ class Package:
         def prefill_step(tokens: Tensor, start: Tensor, last: Tensor) -> Tensor:
             return self.steps[f"prefill-{tokens.shape[1]}"].boxed_run([tokens, start, last])[0]
 
+        if engine.device.type == "cuda":
+            version = lambda: engine.model.revision  # noqa: E731
+            decode_step, prefill_step = (
+                Captured(decode_step, version),
+                Captured(prefill_step, version),
+            )
         engine.decode_step, engine.prefill_step = decode_step, prefill_step

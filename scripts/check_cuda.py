@@ -26,8 +26,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine import Engine, configure_compiler, skipped_graphs
+from engine import Engine
 from errors import Parser, write_json
+from graphs import configure_compiler, skipped_graphs
 from kernels import choice
 from kernels.attention import attention, attention_reference
 from kernels.formats import FORMATS

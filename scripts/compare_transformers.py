@@ -23,8 +23,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from backends import choose_kernels
-from engine import COMPILE_MODES, Engine, configure_compiler, skipped_graphs
+from engine import Engine
 from errors import Parser, UserError, check_device, check_outputs, cli, progress, write_json
+from graphs import COMPILE_MODES, configure_compiler, skipped_graphs
 from kernels.choice import KERNELS
 from measure import device_name, read_bandwidth
 from model import CONFIGS, ModelConfig

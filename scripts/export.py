@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine import Engine, configure_compiler
+from engine import Engine
 from errors import Parser, UserError, check_outputs, cli, processes, progress
+from graphs import configure_compiler
 from loading import add_cache_argument, add_model_arguments, load
 from model import CONFIGS
 from package import write_package

@@ -6,7 +6,8 @@ import dataclasses
 import pytest
 import torch
 
-from engine import Engine, compiled_graphs, greedy_step
+from engine import Engine, greedy_step
+from graphs import compiled_graphs
 from kernels.decode import decode
 from kernels.formats import FORMATS
 from model import CONFIGS, Transformer

@@ -5,8 +5,9 @@ import torch
 from tiny import save_tiny
 
 from checkpoint import load_model, open_checkpoint
-from engine import Engine, cache_length, compiled_graphs, configure_compiler
+from engine import Engine, cache_length
 from errors import UserError
+from graphs import compiled_graphs, configure_compiler
 from kernels import native
 from sampling import Sampling
 from scorer import Scorer

@@ -5,8 +5,9 @@ import torch
 from tiny import save_tiny
 
 from checkpoint import load_model, open_checkpoint
-from engine import Engine, compiled_graphs
+from engine import Engine
 from errors import UserError
+from graphs import compiled_graphs
 from quantize import quantize_
 from sampling import Sampling, sample
 from speculative import (

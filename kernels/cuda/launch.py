@@ -1,5 +1,6 @@
 """A kernel's launch as data, so that it can be run, or compiled ahead of time without a GPU."""
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -72,6 +73,7 @@ class Card:
     shared: int
 
 
+@functools.cache
 def card(device: torch.device) -> Card:
     """Of that device. For the interpreter few multiprocessors, so that small shapes are split."""
     if device.type != "cuda":

@@ -4,6 +4,7 @@ The constants below are first guesses from the counts of instructions and bytes 
 cuda_lab_book.md); measurement on a GPU has to settle them.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -106,11 +107,12 @@ def large_tiles(product: Product, plane_bytes: int, shared: int) -> bool:
     return 2 * (256 * plane_bytes + 128 * columns * product.dtype.itemsize) <= shared
 
 
-def blocks(product: Product, planes: list[Tensor | None], shared: int) -> tuple[dict, dict]:
-    """Constants and options of the product's kernel for a card's shared memory, in bytes."""
-    laned, item = product.laned, max(p.element_size() for p in planes if p is not None)
+def blocks(product: Product, items: tuple[int, ...], shared: int) -> tuple[dict, dict]:
+    """Constants and options of the product's kernel, from the bytes of an element of each of its
+    planes (0: there is no such plane) and of a card's shared memory."""
+    laned, item = product.laned, max(items)
     constants = {"SLOTS": SLOTS if laned else 1, "J": LANES if laned else 64}
-    row = sum(p.element_size() for p in planes if p is not None) * constants["J"]  # of a chunk
+    row = sum(items) * constants["J"]  # of a chunk
     large = large_tiles(product, row, shared)
     sizes = (8, 16, 32, 64) if laned and not large else (8, 16, 32, 64, 128)
     block_m = next((b for b in sizes if b >= product.rows), sizes[-1])
@@ -158,6 +160,38 @@ def splits(programs: int, chunks: int, warps: int, join: float, processors: int)
     return -(-chunks // each), each
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What a product's launch is but for its tensors: kept, since the host takes as long to work it
+    out as to launch it. `count` splits of `each` chunks."""
+
+    constants: dict
+    options: dict
+    row_tiles: int
+    tiles: int
+    chunks: int
+    count: int
+    each: int
+
+
+@functools.lru_cache(maxsize=4096)
+def sizes(
+    product: Product, items: tuple[int, ...], width: int, counters: int, gated: bool, on: Card
+) -> Sizes:
+    """Of a product whose planes are `width` wide, with so many `counters` of finished splits."""
+    constants, options = blocks(product, items, on.shared)
+    block_n, block_m = constants["BLOCK_N"], constants["BLOCK_M"]
+    tiles = -(-product.n // 2 // (block_n // 2)) if gated else -(-product.n // block_n)
+    row_tiles, chunks = -(-product.rows // block_m), -(-width // constants["J"])
+    programs, count, each = tiles * row_tiles, 1, chunks
+    if programs <= counters:
+        chunk = sum(items) * constants["J"]  # bytes a row
+        join = 2 * 4 * min(product.rows, block_m) / chunk  # written and read again
+        count, each = splits(programs, chunks, options["num_warps"], join, on.processors)
+    constants = product.constants() | constants | {"SPLITS": count, "GATED": gated}
+    return Sizes(constants, options, row_tiles, tiles, chunks, count, each)
+
+
 def matmul_launch(
     product: Product, x: Tensor, planes: list[Tensor | None], scales: Tensor | None,
     row_scales: Tensor | None, table: Tensor | None, arrived: Tensor | None,
@@ -167,23 +201,17 @@ def matmul_launch(
     """The kernel that computes out [M, N] from x [M, K]; tensors may be on the meta device."""
     between = between or Between()
     rows, n = product.rows, product.n
-    stored = next(p for p in planes if p is not None)
-    constants, options = blocks(product, planes, on.shared)
-    block_n, block_m, width = constants["BLOCK_N"], constants["BLOCK_M"], stored.shape[1]
-    tiles = -(-n // block_n) if not between.gated else -(-n // 2 // (block_n // 2))
-    row_tiles, chunks = -(-rows // block_m), -(-width // constants["J"])
-    programs, count, each, sums = tiles * row_tiles, 1, chunks, None
-    if arrived is not None and programs <= arrived.numel():
-        chunk = (
-            sum(p.element_size() for p in planes if p is not None) * constants["J"]
-        )  # bytes a row
-        join = 2 * 4 * min(rows, block_m) / chunk  # written and read again
-        count, each = splits(programs, chunks, options["num_warps"], join, on.processors)
-    if count > 1:
-        dtype = torch.int32 if constants["INTEGER"] else torch.float32
-        sums = torch.empty(programs * count * block_n * block_m, dtype=dtype, device=x.device)
+    width = next(p for p in planes if p is not None).shape[1]
+    items = tuple(0 if p is None else p.element_size() for p in planes)
+    counters = 0 if arrived is None else arrived.numel()
+    size, sums = sizes(product, items, width, counters, between.gated, on), None
+    if size.count > 1:
+        dtype = torch.int32 if size.constants["INTEGER"] else torch.float32
+        tile = size.constants["BLOCK_N"] * size.constants["BLOCK_M"]
+        every = size.row_tiles * size.tiles * size.count * tile
+        sums = torch.empty(every, dtype=dtype, device=x.device)
     if between.sum_squares:
-        between.out_squares = torch.empty((rows, tiles), device=x.device)
+        between.out_squares = torch.empty((rows, size.tiles), device=x.device)
     if between.factor is not None:
         between.weighted = torch.empty_like(out)
     normed = between.squares is not None
@@ -194,15 +222,14 @@ def matmul_launch(
         "squares": between.squares, "residual": between.residual,
         "out_squares": between.out_squares, "factor": between.factor,
         "weighted": between.weighted, "eps": between.eps if normed else None,
-        "M": rows, "N": n, "K": product.k, "width": width, "n_chunks": chunks,
-        "chunks_per_split": each, "n_lines": 1 if scales is None else scales.shape[0],
+        "M": rows, "N": n, "K": product.k, "width": width, "n_chunks": size.chunks,
+        "chunks_per_split": size.each, "n_lines": 1 if scales is None else scales.shape[0],
     }  # fmt: skip
     parts = between.squares.shape[1] if normed else 1
-    constants = product.constants() | constants | {
-        "SPLITS": count, "GATED": between.gated, "PARTS": parts,
-        "PARTS_BLOCK": triton.next_power_of_2(parts),
-    }  # fmt: skip
-    return Launch(products.matmul, (row_tiles, tiles, count), arguments, constants, options)
+    blocks_of_parts = {"PARTS": parts, "PARTS_BLOCK": triton.next_power_of_2(parts)}
+    constants = {**size.constants, **blocks_of_parts}
+    grid = (size.row_tiles, size.tiles, size.count)
+    return Launch(products.matmul, grid, arguments, constants, size.options)
 
 
 def dequantize_launch(

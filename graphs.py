@@ -1,0 +1,91 @@
+"""What runs as one: torch.compile's graphs, and CUDA graphs."""
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from errors import UserError
+from kernels import native
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+COMPILE_MODE = "reduce-overhead"  # what the command lines take by default
+GRAPH_MODES = ("reduce-overhead", "max-autotune")  # that capture a CUDA graph
+
+
+def one_graph(step: Callable, mode: str | None, dynamic: bool = False) -> Callable:
+    """`step` through torch.compile.
+
+    Torch's limit of recompilations is lifted for the whole process: each engine compiles its steps
+    anew.
+    """
+    torch._dynamo.config.recompile_limit = 2**20
+    return torch.compile(step, mode=mode, fullgraph=True, dynamic=dynamic)
+
+
+class Captured:
+    """A function of tensors as a CUDA graph for each set of their shapes: one launch for the host.
+
+    The first call with new shapes runs the function and then captures it. A result is written over
+    by the next call. What the function reads besides its arguments must stay where it is until
+    `version` gives another number.
+    """
+
+    def __init__(self, f: Callable[..., Tensor], version: Callable[[], int]):
+        self.f, self.version, self.captured_at = f, version, version()
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self.captured_at != self.version():
+            self.graphs, self.captured_at = {}, self.version()
+        shapes = tuple(t.shape for t in inputs)
+        if shapes not in self.graphs:
+            result = self.f(*inputs)  # compiles, and allocates, what must not be while capturing
+            self.graphs[shapes] = self.capture([t.clone() for t in inputs])
+            return result
+        graph, own, result = self.graphs[shapes]
+        for mine, given in zip(own, inputs, strict=True):
+            mine.copy_(given)
+        graph.replay()
+        return result
+
+    def capture(self, inputs: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        """The graph that replays the function on these inputs, they, and where its result lies."""
+        others = [graph for graph, _, _ in self.graphs.values()]
+        graph = torch.cuda.CUDAGraph()
+        # they never run at once, so one's memory serves all
+        with torch.cuda.graph(graph, pool=others[0].pool() if others else None):
+            result = self.f(*inputs)
+        return graph, inputs, result
+
+
+def configure_compiler(device: str | torch.device) -> None:
+    """Inductor settings for decoding; called by each command line, never by an import.
+
+    UserError where it has no C++ compiler for the CPU.
+    """
+    import torch._inductor.config as config
+
+    if torch.device(device).type == "cpu":
+        if (compiler := native.find_compiler()) is None:
+            raise UserError("torch.compile needs a C++ compiler: install g++, or do not compile")
+        config.cpp.cxx = (compiler,)
+    config.coordinate_descent_tuning = True
+    config.size_asserts = False  # checks between kernels, every step
+    config.triton.unique_kernel_names = True
+    torch.set_float32_matmul_precision("high")
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made so far: a difference of 0 is no recompilation."""
+    if "torch._dynamo" not in sys.modules:  # importing it takes 2 s
+        return 0
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def skipped_graphs() -> int:
+    """How many compiled graphs torch left out of CUDA graphs, though the mode asked for them."""
+    if "torch._dynamo" not in sys.modules:
+        return 0
+    return torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]

@@ -1,0 +1,66 @@
+"""CUDA graphs without a GPU: what is captured, replayed and dropped; `torch.cuda` is a stand-in."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from engine import aligned_rows
+from graphs import Captured
+
+
+class Graph:
+    """Of a doubling: a replay doubles what lies in the captured input into the captured result."""
+
+    def pool(self) -> str:
+        return "pool"
+
+    def replay(self) -> None:
+        x, y = self.call
+        y.copy_(x * 2)
+
+
+@pytest.fixture
+def recorded(monkeypatch) -> tuple[list, list]:
+    """Arguments and results of the doubling's calls, and the pools that its graphs were given."""
+    calls, pools = [], []
+
+    @contextmanager
+    def capture(graph, pool):
+        pools.append(pool)
+        yield
+        graph.call = calls[-1]
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    return calls, pools
+
+
+def test_captured_function(recorded):
+    calls, pools = recorded
+    version = 0
+
+    def double(x):
+        calls.append((x, x * 2))
+        return calls[-1][1]
+
+    captured = Captured(double, lambda: version)
+    first = captured(torch.tensor([1.0, 2.0]))
+    assert first.tolist() == [2, 4] and len(calls) == 2  # run, then captured
+    given = torch.tensor([5.0, 6.0])
+    assert captured(given).tolist() == [10, 12] and len(calls) == 2  # replayed
+    assert first.tolist() == [2, 4] and given.tolist() == [5, 6]
+    assert captured(torch.tensor([7.0])).tolist() == [14] and len(calls) == 4  # another shape
+    assert captured(torch.tensor([8.0, 9.0])).tolist() == [16, 18] and len(calls) == 4
+    assert pools == [None, "pool"]
+    version = 1  # the weights have changed
+    assert captured(torch.tensor([1.0, 3.0])).tolist() == [2, 6] and len(calls) == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5])
+def test_rows_lie_where_compiled_code_wants_them(dtype, batch):
+    rows = torch.arange(7 * batch).reshape(7, batch).to(dtype)
+    aligned = aligned_rows(rows)
+    torch.testing.assert_close(aligned, rows, rtol=0, atol=0)
+    assert all(row.data_ptr() % 16 == 0 and row.is_contiguous() for row in aligned)
