@@ -54,8 +54,10 @@ class Captured:
         """The graph that replays the function on these inputs, they, and where its result lies."""
         others = [graph for graph, _, _ in self.graphs.values()]
         graph = torch.cuda.CUDAGraph()
-        # they never run at once, so one's memory serves all
-        with torch.cuda.graph(graph, pool=others[0].pool() if others else None):
+        pool = (
+            others[0].pool() if others else None
+        )  # they never run at once: one's memory serves all
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = self.f(*inputs)
         return graph, inputs, result
 

@@ -228,11 +228,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, position: Tensor):
         """x [B, T, C] at positions [B, T] = start[b] + t; cos, sin [B, T, 1, D / 2]."""
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2 H_kv, D]
-        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         if self.q_norm is not None:
-            q, k = qk.split([self.heads, self.kv_heads], dim=2)
-            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
-        q, k = rotate(qk, cos, sin).split([self.heads, self.kv_heads], dim=2)
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         self.kv_cache.update(k, v, position)
         y = self.kv_cache.attend(q.transpose(1, 2), start)  # [B, H, T, D]
         return self.wo(y.transpose(1, 2).flatten(2))

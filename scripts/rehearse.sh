@@ -2,6 +2,7 @@
 # A program for a GPU where there is none: every line of the host's runs, Triton and Inductor compile for
 # sm_90, CUDA graphs are captured, kernels are counted but compute nothing. Wants PyTorch's CUDA build:
 #     bash scripts/rehearse.sh generate.py --random_weights llama-3-8b --device cuda --compile
+# REHEARSAL_DEVICES=N makes it N GPUs (-m torch.distributed.run --nproc_per_node=N generate.py ...);
 # REHEARSAL_REPORT=FILE writes what was launched as JSON; REHEARSAL_FOLDER says where the library and the
 # caches go. Texts, perplexities and errors of such a run mean nothing; its times are the host's.
 set -euo pipefail
@@ -33,7 +34,7 @@ if [[ ! -e $library || -n $(find "$here" -newer "$library") ]]; then
     done
     nm "$folder"/{runtime,libraries}.o | awk '$2 == "T" {print $3}' | sort -u > "$folder/defined"
     nm -D --undefined-only "$torch"/lib{c10_cuda,torch_cuda,torch_cuda_linalg,torch_python,caffe2_nvrtc}.so |
-        awk '{print $2}' | sed 's/@.*//' | grep -E '^(cuda[A-Z]|__cuda|cublas|cusolver|cu[A-Z])' | sort -u |
+        awk '{print $2}' | sed 's/@.*//' | grep -E '^(cuda[A-Z]|__cuda|cublas|cusolver|nccl|cu[A-Z])' | sort -u |
         comm -23 - "$folder/defined" | sed 's/.*/int &(void) { return 0; }/' > "$folder/rest.c"
     for name in cuInit cuCtxSetCurrent cuCtxGetLimit cuCtxSetLimit cuTensorMapEncodeTiled; do  # Triton's own
         grep -q " $name(" "$folder/rest.c" || echo "int $name(void) { return 0; }" >> "$folder/rest.c"

@@ -26,7 +26,7 @@ def recorded(monkeypatch) -> tuple[list, list]:
     calls, pools = [], []
 
     @contextmanager
-    def capture(graph, pool):
+    def capture(graph, pool, capture_error_mode):
         pools.append(pool)
         yield
         graph.call = calls[-1]

@@ -11,6 +11,12 @@ struct Launch {  // of <<<...>>>, kept between the two calls that nvcc makes of 
 };
 
 thread_local Launch pushed;
+thread_local int current = 0;  // device
+
+int devices() {
+  const char* asked = getenv("REHEARSAL_DEVICES");
+  return asked == nullptr ? 1 : atoi(asked);
+}
 
 cudaError_t launch_own(dim3 grid, size_t shared, cudaStream_t stream) {
   return launch("kernels of PyTorch", grid, shared, stream);
@@ -19,7 +25,7 @@ cudaError_t launch_own(dim3 grid, size_t shared, cudaStream_t stream) {
 struct Report {  // at the end, as JSON: what was launched how often, and how much each graph holds
   ~Report() {
     const char* path = getenv("REHEARSAL_REPORT");
-    FILE* file = path == nullptr ? nullptr : fopen(path, "w");
+    FILE* file = path == nullptr || counts.empty() ? nullptr : fopen(path, "w");
     if (file == nullptr) return;
     const char* between = "";
     fprintf(file, "{\n \"launches\": {");
@@ -96,9 +102,12 @@ API cudaError_t cudaGetSymbolAddress(void** p, const void*) {
 }
 
 // ---- the runtime: the device ----
-API cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-API cudaError_t cudaGetDeviceCount(int* devices) { return *devices = 1, cudaSuccess; }
-API cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+API cudaError_t cudaGetDevice(int* device) { return *device = current, cudaSuccess; }
+API cudaError_t cudaGetDeviceCount(int* count) { return *count = devices(), cudaSuccess; }
+API cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= devices()) return refuse("a device that is not there", cudaErrorInvalidDevice);
+  return current = device, cudaSuccess;
+}
 API cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 API cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 API cudaError_t cudaDeviceCanAccessPeer(int* yes, int, int) { return *yes = 0, cudaSuccess; }
