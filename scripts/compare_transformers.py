@@ -138,25 +138,35 @@ class Ours:
         return len(step_s) / sum(step_s)
 
 
+def forget() -> None:
+    """Free the last mode's models: each is in a cycle, and its graphs live until torch forgets."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def compare(mode: str, args: argparse.Namespace) -> dict:
     """Both sides of one mode, in turns after a run each that compiles."""
     config = CONFIGS[args.random_weights]
     torchao_config(mode)  # refuses before anything large is made
+    forget()
     progress(f"{mode}: compiling")
     sides, skipped = [Ours(config, mode, args), Peer(config, mode, args)], [skipped_graphs()]
     for side in sides:
-        side.tokens_per_s()
+        try:
+            side.tokens_per_s()
+        except Exception as error:
+            if isinstance(side, Ours):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{mode}: the peer fails: {reason}") from None
         skipped.append(skipped_graphs())
     turns = []
     for turn in range(args.turns):
         progress(f"{mode}: turn {turn + 1} of {args.turns}")
         turns.append([side.tokens_per_s() for side in sides])
     progress("")
-    del side, sides  # each is in a cycle, and its graphs live until torch forgets them
-    torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     mine, other = (statistics.median(column) for column in zip(*turns, strict=True))
     return {"mode": mode, "tokens_per_s": mine, "peer_tokens_per_s": other,
             "ratio": mine / other, "turns": turns,
@@ -194,15 +204,13 @@ def main() -> None:
     results, notes = [], []
     for mode in args.modes.split(","):
         try:
-            results.append(compare(mode, args))
+            results.append(r := compare(mode, args))
+            print(f"{mode}: {r['tokens_per_s']:.1f} tokens/s, the peer "
+                  f"{r['peer_tokens_per_s']:.1f}: x {r['ratio']:.2f}")  # fmt: skip
         except UserError as error:
             notes.append(str(error))
             print(f"left out, {error}", file=sys.stderr)
-            continue
-        r = results[-1]
-        print(f"{mode}: {r['tokens_per_s']:.1f} tokens/s, the peer {r['peer_tokens_per_s']:.1f}: "
-              f"x {r['ratio']:.2f}")  # fmt: skip
-        if args.json:
+        if args.json and results:
             import transformers
 
             write_json(args.json, {
