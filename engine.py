@@ -108,7 +108,9 @@ class Engine:
 
     Args:
         compile_mode: None runs eagerly; otherwise torch.compile's mode for the decode step. Where
-            that captures CUDA graphs, the prefill of a bucket, too, is one from its second run on.
+            that captures CUDA graphs, the prefill of a bucket, too, is one from its second run on:
+            hooks are not called then, and parts of the model that are replaced go unnoticed until
+            its `unfuse`.
         compile_prefill: compile the prefill of each bucket too.
         kv_cache: "bf16" (the model's dtype) or "int8".
         buckets: sizes of prefill chunks, ascending. None: chunks of the largest bucket and the rest
@@ -158,7 +160,7 @@ class Engine:
             sizes = {min(b, length - 1) for b in buckets or (2, 9, MOST_ROWS, *BUCKETS)}
             self.warm_sizes = sorted(sizes - {0})
         elif graphs:
-            self.prefill_step = Captured(self._prefill_step, lambda: model.revision)
+            self.prefill_step = Captured(self._prefill_step, model)
 
     @property
     def cached(self) -> list[int]:

@@ -1,10 +1,12 @@
 """What runs as one: torch.compile's graphs, and CUDA graphs."""
 
+import gc
 import sys
+import weakref
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from errors import UserError
 from kernels import native
@@ -24,21 +26,26 @@ def one_graph(step: Callable, mode: str | None, dynamic: bool = False) -> Callab
     return torch.compile(step, mode=mode, fullgraph=True, dynamic=dynamic)
 
 
+_captured: weakref.WeakSet = weakref.WeakSet()
+
+
 class Captured:
     """A function of tensors as a CUDA graph for each set of their shapes: one launch for the host.
 
-    The first call with new shapes runs the function and then captures it. A result is written over
-    by the next call. What the function reads besides its arguments must stay where it is until
-    `version` gives another number.
+    Called with new shapes it runs, and then is captured; from the next call on the graph is
+    replayed. A result is written over by the next call. The graphs read the tensors that `model`
+    has when they are captured, until its `revision` changes.
     """
 
-    def __init__(self, f: Callable[..., Tensor], version: Callable[[], int]):
-        self.f, self.version, self.captured_at = f, version, version()
+    def __init__(self, f: Callable[..., Tensor], model: nn.Module):
+        self.f, self.model, self.revision = f, model, model.revision
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        self.held: list[Tensor] = []  # what the graphs read lives as long as they
+        _captured.add(self)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        if self.captured_at != self.version():
-            self.graphs, self.captured_at = {}, self.version()
+        if self.revision != self.model.revision:
+            self.revision, self.graphs = self.model.revision, {}
         shapes = tuple(t.shape for t in inputs)
         if shapes not in self.graphs:
             result = self.f(*inputs)  # compiles, and allocates, what must not be while capturing
@@ -52,14 +59,25 @@ class Captured:
 
     def capture(self, inputs: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
         """The graph that replays the function on these inputs, they, and where its result lies."""
-        others = [graph for graph, _, _ in self.graphs.values()]
+        self.held = [*self.model.parameters(), *self.model.buffers()]
         graph = torch.cuda.CUDAGraph()
-        pool = (
-            others[0].pool() if others else None
-        )  # they never run at once: one's memory serves all
+        # They never run at once: one's memory serves all.
+        pool = next((graph.pool() for graph, _, _ in self.graphs.values()), None)
+        # cuBLAS's workspace has to lie in the graph's own memory, not in that of another's.
+        torch._C._cuda_clearCublasWorkspaces()
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = self.f(*inputs)
+        torch._C._cuda_clearCublasWorkspaces()
         return graph, inputs, result
+
+
+def release_graphs() -> None:
+    """Give up all CUDA graphs: NCCL waits at its end for those that hold its launches."""
+    for captured in _captured:
+        captured.graphs.clear()
+    if trees := sys.modules.get("torch._inductor.cudagraph_trees"):
+        trees.reset_cudagraph_trees()
+    gc.collect()
 
 
 def configure_compiler(device: str | torch.device) -> None:

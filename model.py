@@ -205,7 +205,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if native.serves(x):
             return torch.ops.flatllama.rms_norm(x, self.weight, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
 
 
 class Attention(nn.Module):

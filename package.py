@@ -116,7 +116,9 @@ def write_package(engine: Engine, path: Path, report: Callable[[str], None]) -> 
             try:
                 files[name] = aot_compile(program.module(), example, options=options)
             except (CppCompileError, InductorError) as error:
-                raise UserError(compiler_said(error, device)) from None
+                if "C++ compile error" not in str(error):
+                    raise
+                raise UserError(compiler_said(str(error))) from None
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.pt2")
     try:
         package_aoti(str(temporary), files)
@@ -127,12 +129,12 @@ def write_package(engine: Engine, path: Path, report: Callable[[str], None]) -> 
         temporary.unlink(missing_ok=True)
 
 
-def compiler_said(error: Exception, device: torch.device) -> str:
+def compiler_said(text: str) -> str:
     """Its first complaint in one line, and what is often missing."""
-    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line.strip() for line in text.splitlines()]
     first = next((line for line in lines if "error:" in line or "cannot find" in line), lines[0])
     hint = ""
-    if device.type == "cuda":
+    if "cuda" in first:
         hint = "; it needs the headers of the CUDA toolkit (CUDA_HOME) and the driver's libcuda.so"
     return f"the steps do not compile: {first}{hint}"
 
@@ -206,17 +208,20 @@ class Package:
             needed = {name: tensors[name] for name in step.get_constant_fqns()}
             step.load_constants(needed, False, check_full_update=True, user_managed=True)
 
+        model = engine.model
+        revision = model.revision
+
+        def run(name: str, *inputs: Tensor) -> Tensor:
+            if model.revision != revision:  # the code would read tensors that are gone
+                raise ValueError("the model's weights have changed: drive the package again")
+            return self.steps[name].boxed_run(list(inputs))[0]
+
         def decode_step(token: Tensor, start: Tensor, u: Tensor) -> Tensor:
-            (logits,) = self.steps[DECODE].boxed_run([token, start])
-            return sample(logits, u, engine.sampling)[:, None]
+            return sample(run(DECODE, token, start), u, engine.sampling)[:, None]
 
         def prefill_step(tokens: Tensor, start: Tensor, last: Tensor) -> Tensor:
-            return self.steps[f"prefill-{tokens.shape[1]}"].boxed_run([tokens, start, last])[0]
+            return run(f"prefill-{tokens.shape[1]}", tokens, start, last)
 
         if engine.device.type == "cuda":
-            version = lambda: engine.model.revision  # noqa: E731
-            decode_step, prefill_step = (
-                Captured(decode_step, version),
-                Captured(prefill_step, version),
-            )
+            decode_step, prefill_step = Captured(decode_step, model), Captured(prefill_step, model)
         engine.decode_step, engine.prefill_step = decode_step, prefill_step

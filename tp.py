@@ -33,6 +33,7 @@ from torch import Tensor, nn
 import errors
 from checkpoint import Checkpoint, build_model, check_specs, repack, tensor_names
 from checkpoint_quantizer import linear_names
+from graphs import release_graphs
 from kernels.linear import Linear, QuantizedLinear
 from model import ModelConfig, Transformer
 from modes import Mode, head_mode, quantize_linear
@@ -73,10 +74,16 @@ def start(device: str) -> Ranks | None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # of a chat, whose user thinks
-        atexit.register(dist.destroy_process_group)
+        atexit.register(leave)
         if dist.get_rank():
             errors.mute(f"rank {dist.get_rank()}: ")
     return Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD.group_name)
+
+
+def leave() -> None:
+    """Leave the other ranks, at the process's end."""
+    release_graphs()
+    dist.destroy_process_group()
 
 
 def from_rank_0(make: Callable[[], T]) -> T:

@@ -64,11 +64,23 @@ class TinygemmWeight(nn.Module):
         return y if bias is None else y + bias
 
 
+@torch.library.custom_op("flatllama::aten_int8", mutates_args=())
+def aten_int8(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """x [M, K] times int8 weight [N, K] and its scales [N]: [M, N].
+
+    In fp32, which is what torch 2.11's product returns on a GPU for any x, whatever its fake says.
+    An operator of its own, since Inductor's lowering of that product fails on computed scales.
+    """
+    return torch.ops.aten._weight_int8pack_mm(x.float(), weight, scales.float()).to(x.dtype)
+
+
+@aten_int8.register_fake
+def _(x, weight, scales):
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
 def int8_product(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] times int8 weight [N, K] and its scales [N]; in fp32, which is what the operator
-    of torch 2.11 returns on a GPU for any x, whatever its fake says."""
-    y = torch.ops.aten._weight_int8pack_mm(
-        x.reshape(-1, x.shape[-1]).float(), weight, scales.float()
-    )
-    y = y.to(x.dtype).view(*x.shape[:-1], -1)
+    """x [..., K] times int8 weight [N, K] and its scales [N], plus the bias: [..., N]."""
+    y = torch.ops.flatllama.aten_int8(x.reshape(-1, x.shape[-1]), weight, scales)
+    y = y.view(*x.shape[:-1], -1)
     return y if bias is None else y + bias

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -261,25 +262,28 @@ def check_engine() -> Iterator[dict]:
     """Greedy texts of a tiny fp32 model, compiled and captured, beside the eager modules."""
     configure_compiler(DEVICE)
     torch.set_float32_matmul_precision("highest")  # else some products are of 11 bits, others of 24
-    prompt = [list(range(5, 37))]
+    prompt = [[5 + i % 500 for i in range(600)]]  # chunks of two sizes
 
     def text(kernels: str, **settings) -> list[int]:
         choice.kernels(kernels)
         mode = parse_mode("int4", 32)
         model = random_model(CONFIGS["tiny"], mode, DEVICE, torch.float32)
-        engine = Engine(model, Sampling(temperature=0), length=128, **settings)
+        engine = Engine(model, Sampling(temperature=0), length=700, **settings)
         engine.warm_up(len(prompt[0]))
         return engine.generate(prompt, 64).token_ids[0]
 
     want = text("triton", fused=False)
+
+    def differing(kernels: str = "triton", **settings) -> float:
+        return sum(a != b for a, b in zip(text(kernels, **settings), want, strict=True))
+
+    yield judged("engine, one operator: tokens that differ", 1, differing)
+    captured = partial(differing, compile_mode="reduce-overhead")
+    yield judged("engine, captured prefill: tokens that differ", 1, captured)
     for kernels in ("triton", *(("triton-pdl",) if overlaps() else ()), "inductor"):
         before = skipped_graphs()
-
-        def differing(kernels=kernels) -> float:
-            ids = text(kernels, compile_mode="reduce-overhead", compile_prefill=True)
-            return sum(a != b for a, b in zip(ids, want, strict=True))
-
-        yield judged(f"engine, compiled, {kernels}: tokens that differ", 1, differing)
+        compiled = partial(captured, kernels, compile_prefill=True)
+        yield judged(f"engine, compiled, {kernels}: tokens that differ", 1, compiled)
         skipped = skipped_graphs() - before
         what = f"engine, {kernels}: CUDA graphs skipped"
         yield {"what": what, "error": skipped, "ok": skipped == 0}

@@ -64,12 +64,12 @@ def blocks_of(candidate: Candidate | None):
         return constants, options | {"num_warps": warps, "num_stages": stages}
 
     linear.blocks = own if candidate is None else blocks
-    linear.sizes.cache_clear()
+    linear.sizes_of.cache_clear()
     try:
         yield
     finally:
         linear.blocks = own
-        linear.sizes.cache_clear()
+        linear.sizes_of.cache_clear()
 
 
 def compile_all(name: str, rows: int, n: int, k: int) -> float:

@@ -1,12 +1,13 @@
 """CUDA graphs without a GPU: what is captured, replayed and dropped; `torch.cuda` is a stand-in."""
 
+import weakref
 from contextlib import contextmanager
 
 import pytest
 import torch
 
 from engine import aligned_rows
-from graphs import Captured
+from graphs import Captured, release_graphs
 
 
 class Graph:
@@ -33,18 +34,20 @@ def recorded(monkeypatch) -> tuple[list, list]:
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
     return calls, pools
 
 
 def test_captured_function(recorded):
     calls, pools = recorded
-    version = 0
+    model = torch.nn.Linear(2, 2)
+    model.revision = 0
 
     def double(x):
         calls.append((x, x * 2))
         return calls[-1][1]
 
-    captured = Captured(double, lambda: version)
+    captured = Captured(double, model)
     first = captured(torch.tensor([1.0, 2.0]))
     assert first.tolist() == [2, 4] and len(calls) == 2  # run, then captured
     given = torch.tensor([5.0, 6.0])
@@ -53,8 +56,14 @@ def test_captured_function(recorded):
     assert captured(torch.tensor([7.0])).tolist() == [14] and len(calls) == 4  # another shape
     assert captured(torch.tensor([8.0, 9.0])).tolist() == [16, 18] and len(calls) == 4
     assert pools == [None, "pool"]
-    version = 1  # the weights have changed
+    weight = weakref.ref(model.weight)
+    del model.weight
+    assert weight() is not None  # a graph reads it
+    model.revision = 1  # the weights have changed
     assert captured(torch.tensor([1.0, 3.0])).tolist() == [2, 6] and len(calls) == 6
+    assert weight() is None
+    release_graphs()
+    assert captured(torch.tensor([1.0, 3.0])).tolist() == [2, 6] and len(calls) == 8
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])

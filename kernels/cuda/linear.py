@@ -175,7 +175,7 @@ class Sizes:
 
 
 @functools.lru_cache(maxsize=4096)
-def sizes(
+def sizes_of(
     product: Product, items: tuple[int, ...], width: int, counters: int, gated: bool, on: Card
 ) -> Sizes:
     """Of a product whose planes are `width` wide, with so many `counters` of finished splits."""
@@ -204,12 +204,13 @@ def matmul_launch(
     width = next(p for p in planes if p is not None).shape[1]
     items = tuple(0 if p is None else p.element_size() for p in planes)
     counters = 0 if arrived is None else arrived.numel()
-    size, sums = sizes(product, items, width, counters, between.gated, on), None
+    size = sizes_of(product, items, width, counters, between.gated, on)
+    sums = None
     if size.count > 1:
         dtype = torch.int32 if size.constants["INTEGER"] else torch.float32
         tile = size.constants["BLOCK_N"] * size.constants["BLOCK_M"]
-        every = size.row_tiles * size.tiles * size.count * tile
-        sums = torch.empty(every, dtype=dtype, device=x.device)
+        numbers = size.row_tiles * size.tiles * size.count * tile
+        sums = torch.empty(numbers, dtype=dtype, device=x.device)
     if between.sum_squares:
         between.out_squares = torch.empty((rows, size.tiles), device=x.device)
     if between.factor is not None:

@@ -1,8 +1,8 @@
 // A GPU that computes nothing: as much of the CUDA runtime, the driver, cuBLAS and cuSOLVER as PyTorch and
 // Triton call, so that a program for a GPU runs where there is none. Every launch is counted, no kernel runs,
 // device memory is addresses without contents: what is copied back from it is zeros, a single byte
-// (a truth value) 1. What a real GPU would refuse is refused: host pointers handed to a kernel, waiting
-// or pageable copies inside a captured graph, grids and shared memory past the limits.
+// (a truth value) 1. Some of what a GPU would refuse is refused: host pointers handed to Triton's kernels,
+// waiting or pageable copies inside a captured graph, grids and shared memory past the limits.
 //
 // rehearse.sh builds it, with one more function returning 0 for each symbol of PyTorch's libraries that is
 // not defined here, and preloads it.
@@ -19,6 +19,7 @@
 #include <ctime>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 
 #define API extern "C" __attribute__((visibility("default")))
@@ -40,6 +41,8 @@ inline std::map<size_t, Range> ranges;     // by address
 inline size_t used = 0;                    // bytes of the device
 inline std::map<void*, size_t> capturing;  // stream -> kernels and copies so far
 inline std::map<void*, size_t> graphs;     // graph -> what it holds
+inline bool sends = false;                 // whether the graph now captured holds NCCL's launches
+inline std::set<void*> sending;            // graphs that do and have not been destroyed
 inline std::map<std::string, size_t> counts;
 inline std::atomic<size_t> handles{4096};
 

@@ -94,7 +94,18 @@ API int cusolverDnSpotrf_bufferSize(void*, int, int, void*, int, int* size) { re
 API int cusolverDnDpotrf_bufferSize(void*, int, int, void*, int, int* size) { return *size = 0, 0; }
 
 // ---- NCCL: nothing is sent ----
-static int sent(const char* name, void* stream) { return count(name, stream), 0; }
+static int sent(const char* name, void* stream) {
+  sends |= captures();
+  return count(name, stream), 0;
+}
+static int leave(const char* name) {
+  std::lock_guard guard(lock);
+  if (!sending.empty())
+    refuse(std::string(name) + " before the graphs that hold launches of it", cudaErrorUnknown);
+  return 0;
+}
+API int ncclCommDestroy(void*) { return leave("ncclCommDestroy"); }
+API int ncclCommAbort(void*) { return leave("ncclCommAbort"); }
 API int ncclGetVersion(int* version) { return *version = 22700, 0; }
 API int ncclGetUniqueId(void* id) { return memset(id, 1, 128), 0; }
 API int ncclCommInitRankConfig(void** communicator, ...) { return *communicator = handle<void*>(), 0; }

@@ -25,8 +25,12 @@ cudaError_t launch_own(dim3 grid, size_t shared, cudaStream_t stream) {
 struct Report {  // at the end, as JSON: what was launched how often, and how much each graph holds
   ~Report() {
     const char* path = getenv("REHEARSAL_REPORT");
-    FILE* file = path == nullptr || counts.empty() ? nullptr : fopen(path, "w");
-    if (file == nullptr) return;
+    if (path == nullptr || counts.empty()) return;
+    FILE* file = fopen(path, "w");
+    if (file == nullptr) {
+      fprintf(stderr, "rehearsal: cannot write %s\n", path);
+      return;
+    }
     const char* between = "";
     fprintf(file, "{\n \"launches\": {");
     for (auto& [name, times] : counts) {
@@ -86,7 +90,9 @@ API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpy
   return copy(to, from, n);
 }
 API cudaError_t cudaMemcpy2DAsync(void* to, size_t pitch, const void* from, size_t from_pitch, size_t width,
-                                  size_t rows, cudaMemcpyKind, cudaStream_t) {
+                                  size_t rows, cudaMemcpyKind, cudaStream_t stream) {
+  if (cudaError_t error = wait(captures(stream), "a copy in rows")) return error;
+  count("copy in rows", stream);
   for (size_t i = 0; i < rows; i++) copy((char*)to + i * pitch, (const char*)from + i * from_pitch, width);
   return cudaSuccess;
 }
@@ -184,6 +190,8 @@ API cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t* graph) {
   std::lock_guard guard(lock);
   graphs[*graph] = capturing[s];
   capturing.erase(s);
+  if (sends) sending.insert(*graph);
+  sends = false;
   return cudaSuccess;
 }
 API cudaError_t cudaStreamIsCapturing(cudaStream_t s, cudaStreamCaptureStatus* status) {
@@ -207,6 +215,10 @@ API cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode)
 }
 API cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* ready, cudaGraph_t graph, unsigned long long) {
   return *ready = (cudaGraphExec_t)graph, cudaSuccess;
+}
+API cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
+  std::lock_guard guard(lock);
+  return sending.erase(graph), cudaSuccess;
 }
 API cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t*, size_t* nodes) {
   std::lock_guard guard(lock);
