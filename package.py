@@ -200,20 +200,18 @@ class Package:
 
     def drive(self, engine: Engine) -> None:
         """Make `engine` run the package's steps on its own tensors."""
-        tensors = tensors_of(engine)
+        model, tensors = engine.model, tensors_of(engine)
         made_for = self.about["tensors"], self.about.get("model")
-        if made_for != (described(tensors), described_model(engine.model)):
+        if made_for != (described(tensors), described_model(model)):
             raise UserError(f"{self.path} was exported for another model, or another mode of it")
         for step in self.steps.values():
             needed = {name: tensors[name] for name in step.get_constant_fqns()}
             step.load_constants(needed, False, check_full_update=True, user_managed=True)
-
-        model = engine.model
         revision = model.revision
 
         def run(name: str, *inputs: Tensor) -> Tensor:
             if model.revision != revision:  # the code would read tensors that are gone
-                raise ValueError("the model's weights have changed: drive the package again")
+                raise ValueError("the model's weights or cache have changed: drive it again")
             return self.steps[name].boxed_run(list(inputs))[0]
 
         def decode_step(token: Tensor, start: Tensor, u: Tensor) -> Tensor:

@@ -4,7 +4,8 @@
 #     bash scripts/rehearse.sh generate.py --random_weights llama-3-8b --device cuda --compile
 # REHEARSAL_DEVICES=N makes it N GPUs (-m torch.distributed.run --nproc_per_node=N generate.py ...);
 # REHEARSAL_REPORT=FILE writes what was launched as JSON (of several processes, the last to end writes it);
-# REHEARSAL_FOLDER says where the library and the caches go. Texts, perplexities and errors of such a run mean nothing; its times are the host's.
+# REHEARSAL_FOLDER says where the library and the caches go. Texts, perplexities and errors of such a run mean
+# nothing; its times are the host's.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/rehearse" && pwd)
 folder=${REHEARSAL_FOLDER:-${XDG_CACHE_HOME:-$HOME/.cache}/flatllama/rehearsal}

@@ -9,7 +9,7 @@ import checkpoint as ckpt
 from calibration import InputStatistics
 from errors import UserError
 from gptq import gptq
-from kernels import codebook4, native, uint
+from kernels import aten, codebook4, native, uint
 from kernels.activations import int8_asymmetric
 from kernels.coded import CodedLinear
 from kernels.formats import FORMATS
@@ -527,3 +527,16 @@ def test_w4a8_groups_are_integers_of_int8():
     assert integers.abs().max() <= 127
     module, *_ = quantized("w4a8", torch.tensor([[7.0, -14.0, 3.0]]), groupsize=0)
     assert module.dequantize().tolist() == [[8, -14, 4]]  # s = 2: 3.5 and 1.5, to even
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_atens_int8_product(dtype):
+    """As --kernels aten takes it, though on the CPU; and that torch.compile knows its result."""
+    module, *_ = quantized("int8", random_weight(48, 64), dtype=dtype)
+    x, bias = torch.randn(2, 3, 64).to(dtype), torch.randn(48).to(dtype)
+    y = aten.int8_product(x, module.weight, module.scales, bias)
+    want = x.double() @ module.dequantize().double().t() + bias.double()
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), want, rtol=2e-2, atol=2e-2)
+    arguments = x.flatten(0, 1), module.weight, module.scales
+    torch.library.opcheck(torch.ops.flatllama.aten_int8, arguments, test_utils="test_faketensor")

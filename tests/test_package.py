@@ -83,6 +83,15 @@ def test_what_does_not_fit_is_refused(package, tmp_path, monkeypatch):
             Package(tmp_path / name)
 
 
+def test_refuses_weights_that_changed(package):
+    engine = make_engine(SAMPLED)
+    Package(package).drive(engine)
+    assert run(engine)
+    engine.model.unfuse()
+    with pytest.raises(ValueError, match="drive it again"):
+        run(engine)
+
+
 def call(script, *arguments):
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
