@@ -82,8 +82,6 @@ def write_package(engine: Engine, path: Path, report: Callable[[str], None]) -> 
     `report` is called with a line for each step before it is compiled.
     """
     # Two seconds, which those who only run a package shall not wait.
-    from torch._inductor import aot_compile
-    from torch._inductor.exc import CppCompileError, InductorError
     from torch._inductor.package import package_aoti
 
     if path.suffix != ".pt2":
@@ -110,15 +108,7 @@ def write_package(engine: Engine, path: Path, report: Callable[[str], None]) -> 
     files = {}
     for name, (step, example) in examples.items():
         report(f"compiling {name}")
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
-            program = torch.export.export(step, example)
-            try:
-                files[name] = aot_compile(program.module(), example, options=options)
-            except (CppCompileError, InductorError) as error:
-                if "C++ compile error" not in str(error):
-                    raise
-                raise UserError(compiler_said(str(error))) from None
+        files[name] = compile_step(step, example, options)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.pt2")
     try:
         package_aoti(str(temporary), files)
@@ -127,6 +117,22 @@ def write_package(engine: Engine, path: Path, report: Callable[[str], None]) -> 
         raise UserError(f"cannot write {path}: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def compile_step(step: nn.Module, example: tuple[Tensor, ...], options: dict) -> list[str]:
+    """The files of one step; a UserError where the C++ compiler fails."""
+    from torch._inductor import aot_compile
+    from torch._inductor.exc import CppCompileError, InductorError
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
+        program = torch.export.export(step, example)
+        try:
+            return aot_compile(program.module(), example, options=options)
+        except (CppCompileError, InductorError) as error:
+            if "C++ compile error" not in str(error):
+                raise
+            raise UserError(compiler_said(str(error))) from None
 
 
 def compiler_said(text: str) -> str:

@@ -48,11 +48,12 @@ def test_captured_function(recorded):
         return calls[-1][1]
 
     captured = Captured(double, model)
-    first = captured(torch.tensor([1.0, 2.0]))
+    before = torch.tensor([1.0, 2.0])
+    first = captured(before)
     assert first.tolist() == [2, 4] and len(calls) == 2  # run, then captured
     given = torch.tensor([5.0, 6.0])
     assert captured(given).tolist() == [10, 12] and len(calls) == 2  # replayed
-    assert first.tolist() == [2, 4] and given.tolist() == [5, 6]
+    assert first.tolist() == [2, 4] and before.tolist() == [1, 2] and given.tolist() == [5, 6]
     assert captured(torch.tensor([7.0])).tolist() == [14] and len(calls) == 4  # another shape
     assert captured(torch.tensor([8.0, 9.0])).tolist() == [16, 18] and len(calls) == 4
     assert pools == [None, "pool"]

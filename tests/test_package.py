@@ -15,7 +15,7 @@ from errors import UserError
 from kernels import choice
 from model import CONFIGS
 from modes import parse_mode
-from package import Package, write_package
+from package import Package, compiler_said, write_package
 from random_weights import random_model
 from sampling import Sampling
 
@@ -81,6 +81,19 @@ def test_what_does_not_fit_is_refused(package, tmp_path, monkeypatch):
             (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=name):
             Package(tmp_path / name)
+
+
+def test_what_the_compiler_says_is_one_line():
+    text = """CppCompileError: C++ compile error
+
+    Output:
+    In file included from header.hpp:1:
+    device_utils.h:15:10: fatal error: cuda.h: No such file or directory
+    compilation terminated."""
+    said = compiler_said(text)
+    assert "\n" not in said and "cuda.h: No such file" in said and "CUDA_HOME" in said
+    said = compiler_said(text.replace("cuda.h", "omp.h"))
+    assert "omp.h: No such file" in said and "CUDA" not in said
 
 
 def test_refuses_weights_that_changed(package):

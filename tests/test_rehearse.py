@@ -29,11 +29,14 @@ assert cuda.cudaStreamBeginCapture(stream, 0) == 0
 after = ctypes.c_void_p(device.value + 2048)
 assert cuda.cudaMemcpyAsync(after, device, size(8), 3, stream) == 0
 assert cuda.cudaMemcpyAsync(host, device, size(8), 2, stream) == REFUSED
+assert cuda.ncclAllReduce(device, device, size(8), 0, 0, None, stream) == 0
 assert cuda.cudaStreamSynchronize(stream) == cuda.cudaDeviceSynchronize() == REFUSED
 assert cuda.cudaStreamEndCapture(stream, ctypes.byref(graph)) == 0
 assert cuda.cudaGraphInstantiateWithFlags(ctypes.byref(run), graph, ctypes.c_ulonglong()) == 0
 assert cuda.cudaGraphLaunch(run, stream) == cuda.cudaGraphLaunch(run, stream) == 0
 assert cuda.cudaDeviceSynchronize() == 0
+cuda.ncclCommDestroy(None)  # refused: a graph holds a launch of NCCL's
+assert cuda.cudaGraphExecDestroy(run) == cuda.ncclCommDestroy(None) == 0
 found = ctypes.c_uint64()
 assert cuda.cuPointerGetAttribute(ctypes.byref(found), 3, after) == 0
 assert found.value == after.value and cuda.cuPointerGetAttribute(ctypes.byref(found), 3, host) != 0
@@ -57,14 +60,14 @@ def test_what_a_gpu_would_do(tmp_path):
         [sys.executable, "-c", USE, library], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("a GPU would refuse") == 6
+    assert done.stderr.count("a GPU would refuse") == 7
     assert json.loads(report.read_text()) == {
         "launches": {
             "copy from pageable memory to the device": 1,
             "copy from the device to pageable memory": 2,
-            "copy from the device to the device": 1, "graph of 1": 2,
+            "copy from the device to the device": 1, "graph of 2": 2, "ncclAllReduce": 1,
         },
-        "graphs": [1],
+        "graphs": [2],
     }  # fmt: skip
 
 

@@ -162,8 +162,8 @@ def splits(programs: int, chunks: int, warps: int, join: float, processors: int)
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a product's launch is but for its tensors: kept, since the host takes as long to work it
-    out as to launch it. `count` splits of `each` chunks."""
+    """What a product's launch is but for its tensors, worked out once: `count` splits of `each`
+    chunks."""
 
     constants: dict
     options: dict

@@ -1,5 +1,5 @@
-// A GPU that computes nothing: as much of the CUDA runtime, the driver, cuBLAS and cuSOLVER as PyTorch and
-// Triton call, so that a program for a GPU runs where there is none. Every launch is counted, no kernel runs,
+// A GPU that computes nothing: as much of the CUDA runtime, the driver, cuBLAS, cuSOLVER and NCCL as PyTorch
+// and Triton call, so that a program for a GPU runs where there is none. Launches are counted, no kernel runs,
 // device memory is addresses without contents: what is copied back from it is zeros, a single byte
 // (a truth value) 1. Some of what a GPU would refuse is refused: host pointers handed to Triton's kernels,
 // waiting or pageable copies inside a captured graph, grids and shared memory past the limits.
