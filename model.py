@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import native
-from kernels.attention import attention
+from kernels.attention import attention, split_counters
 from kernels.decode import MOST_ROWS, decode, decode_step, make_step, plan_decode
 from kernels.linear import Linear
 
@@ -150,6 +150,7 @@ class KVCache(nn.Module):
         for name in ("k", "v"):
             zeros = torch.zeros(shape, dtype=dtype, device=device)
             self.register_buffer(name, zeros, persistent=False)
+        self.register_buffer("arrived", split_counters(device), persistent=False)
 
     def update(self, k: Tensor, v: Tensor, position: Tensor) -> None:
         """Write k, v [B, T, H_kv, D] into the slots `position` [B, T]."""
@@ -159,7 +160,7 @@ class KVCache(nn.Module):
 
     def attend(self, q: Tensor, start: Tensor) -> Tensor:
         """q [B, H, T, D] over the slots filled so far -> [B, H, T, D]."""
-        return attention(q, self.k, self.v, start)
+        return attention(q, self.k, self.v, start, arrived=self.arrived)
 
 
 class Int8KVCache(KVCache):
@@ -188,7 +189,7 @@ class Int8KVCache(KVCache):
         return torch.round(x.float() / scale.float()).clamp(-127, 127).to(torch.int8), scale
 
     def attend(self, q: Tensor, start: Tensor) -> Tensor:
-        return attention(q, self.k, self.v, start, self.k_scale, self.v_scale)
+        return attention(q, self.k, self.v, start, self.k_scale, self.v_scale, self.arrived)
 
 
 KV_CACHES = {"bf16": KVCache, "int8": Int8KVCache}  # "bf16" stores the model's own dtype

@@ -84,6 +84,14 @@ def masked_attention(
     return F.scaled_dot_product_attention(q, k, v, seen[:, None], enable_gqa=grouped)
 
 
+def split_counters(device: torch.device | None) -> Tensor | None:
+    """Where the Triton kernel counts finished splits, int32 zeros that it leaves as they were; None
+    where it does not run."""
+    if not triton_on(torch.device(device or "cpu")):
+        return None
+    return torch.zeros(1024, dtype=torch.int32, device=device)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -91,6 +99,7 @@ def attention(
     start: Tensor,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    arrived: Tensor | None = None,
 ) -> Tensor:
     """Causal attention over the filled part of a cache.
 
@@ -100,6 +109,7 @@ def attention(
             tokens' own keys and values are already in slots start[b] .. start[b] + T - 1.
         start: [B] int64, start[b] + T <= S.
         k_scale, v_scale: [B, H_kv, S, 1], for an int8 cache.
+        arrived: of `split_counters`; without it the Triton kernel is not split over the slots.
 
     Returns:
         [B, H, T, D] in q's dtype.
@@ -108,6 +118,6 @@ def attention(
         return torch.ops.flatllama.attention(q, k, v, start, k_scale, v_scale, None)
     if triton_on(q.device):
         load_triton()
-        return torch.ops.flatllama.triton_attention(q, k, v, start, k_scale, v_scale)
+        return torch.ops.flatllama.triton_attention(q, k, v, start, k_scale, v_scale, arrived)
     plain = torch.ops.flatllama.sdpa_filled if q.device.type == "cpu" else masked_attention
     return plain(q, k, v, start, k_scale, v_scale)

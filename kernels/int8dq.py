@@ -4,7 +4,9 @@
     x per token: s_x = max(max|x| / 127, 1e-5), q_x = round(x / s_x)
     y = (sum_k q_x q_w) s_x s_w + b        the sum in int32, exact
 
-Source: the int8 dynamic scheme of torchao. Every number of rows is quantized, one row too.
+Source: the int8 dynamic scheme of torchao. On the CPU every number of rows is quantized, one row
+too. The Triton kernel multiplies up to MATVEC_ROWS rows as they are: what takes its time is reading
+the weight, which is the same, and to quantize x would be a kernel more in front of each product.
 """
 
 import torch
@@ -20,6 +22,7 @@ class Int8DynamicLinear(Int8Linear):
 
     name = "int8dq"
     quantize_input = staticmethod(int8_symmetric)
+    rounds_few_rows = False
 
     def native_form(self) -> NativeForm | None:
         form = super().native_form()

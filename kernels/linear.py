@@ -156,6 +156,7 @@ class QuantizedLinear(nn.Module):
     shared: tuple[str, ...] = ()  # buffers that are not one entry per output row
     # x -> (codes, scale), where the product quantizes its inputs
     quantize_input: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    rounds_few_rows = True  # whether the Triton product quantizes up to MATVEC_ROWS rows too
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype, device):
         super().__init__()
@@ -275,16 +276,21 @@ class QuantizedLinear(nn.Module):
                 self._buffers[name] = None
         return self.packed is not None
 
+    def quantizes(self, x: Tensor) -> bool:
+        """Whether the product quantizes its inputs x [..., K]."""
+        few = triton_on(x.device) and x.numel() <= MATVEC_ROWS * self.in_features
+        return self.quantize_input is not None and (self.rounds_few_rows or not few)
+
     def rounded_input(self, x: Tensor) -> Tensor:
         """x [..., K] as the product sees it, rounded if the format quantizes its inputs. fp64."""
-        if self.quantize_input is None:
+        if not self.quantizes(x):
             return x.double()
         q, scale = self.quantize_input(x)
         return q.double() * scale.double()
 
     def quantized_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [..., K] as the Triton kernels take it, and the scales [..., 1] of its rows, if any."""
-        if self.quantize_input is None:
+        if not self.quantizes(x):
             return x, None
         way = way_of(self)
         if way is not None and not torch.compiler.is_compiling():  # which fuses it with others

@@ -13,7 +13,7 @@ import torch
 
 from engine import Engine
 from kernels import choice
-from kernels.attention import attention, attention_reference
+from kernels.attention import attention, attention_reference, split_counters
 from kernels.formats import FORMATS
 from kernels.linear import Linear, QuantizedLinear
 from model import KV_CACHES, ModelConfig, RMSNorm, Transformer, rotate
@@ -94,12 +94,14 @@ def test_other_formats(name):
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
 def test_inputs_are_quantized_as_torch_does_it(name, dtype):
     module, *_ = quantized(name, random_weight(5, 203), None, dtype)
-    x = torch.randn(4, 3, 203).to(dtype) * torch.tensor([1e-6, 1.0, 300.0])[:, None].to(dtype)
+    x = torch.randn(6, 3, 203).to(dtype) * torch.tensor([1e-6, 1.0, 300.0])[:, None].to(dtype)
     x[0, 0] = 0
     want, want_scale = module.quantize_input(x)
     q, scale = module.quantized_input(x)
     assert torch.equal(q.float(), want.float()) and torch.equal(scale, want_scale)
     assert q.dtype == (torch.int8 if name == "int8dq" else BF16)
+    _, scale = module.quantized_input(x[:4])  # 12 rows: see int8dq.py
+    assert (scale is None) == (name == "int8dq")
 
 
 def test_many_rows_of_float8_go_to_the_float8_units(monkeypatch):
@@ -274,7 +276,7 @@ def steps(model, cache, fused):
         for buffer in layer.attention.kv_cache.buffers():
             if buffer.dtype == torch.int8:
                 buffer.random_(-127, 128)
-            else:
+            elif buffer.is_floating_point():
                 buffer.uniform_(0, 0.02)
     if fused:
         model.fuse()
@@ -405,7 +407,9 @@ def test_attention(case, dtype):
     start = torch.tensor(start)
     for i, n in enumerate((start + t).tolist()):  # unfilled slots must never be touched
         k[i, :, n:] = v[i, :, n:] = torch.nan
-    y = attention(q, k, v, start)
+    arrived = split_counters(q.device)
+    y = attention(q, k, v, start, arrived=arrived)
+    assert not arrived.any()  # or the next call would join too early
     clean = torch.nan_to_num(k).float(), torch.nan_to_num(v).float()
     want = attention_reference(q.float(), *clean, start)
     assert y.dtype == dtype and (y - want).norm() < TOLERANCE[dtype] * want.norm()
@@ -417,9 +421,10 @@ def test_attention_int8_cache(case):
     q = torch.randn(b, h, t, d).bfloat16()
     k, v = (torch.randint(-127, 128, (b, hkv, s, d), dtype=torch.int8) for _ in range(2))
     k_scale, v_scale = (torch.rand(b, hkv, s, 1).bfloat16() / 100 for _ in range(2))
-    y = attention(q, k, v, torch.tensor(start), k_scale, v_scale)
     want = attention_reference(q.float(), k, v, torch.tensor(start), k_scale, v_scale)
-    assert (y - want).norm() < TOLERANCE[BF16] * want.norm()
+    for arrived in (split_counters(q.device), None):  # without it nothing is split
+        y = attention(q, k, v, torch.tensor(start), k_scale, v_scale, arrived)
+        assert (y - want).norm() < TOLERANCE[BF16] * want.norm()
 
 
 NEW_TOKENS = [  # as above; new slots that begin and end blocks of 32 and 64, and lie in two of them
@@ -432,7 +437,7 @@ NEW_TOKENS = [  # as above; new slots that begin and end blocks of 32 and 64, an
 @pytest.mark.parametrize("case", NEW_TOKENS, ids=str)
 def test_attention_of_new_tokens(case, kind, dtype=FP32):
     """Rotated, in the cache and attended to by one kernel, against the modules' three."""
-    from kernels.cuda.attention import Fresh, attention_launches
+    from kernels.cuda.attention import Fresh, attention_launch
     from kernels.cuda.launch import card
 
     b, h, hkv, t, s, d, start = case
@@ -461,16 +466,18 @@ def test_attention_of_new_tokens(case, kind, dtype=FP32):
     k, v, *scales = (getattr(cache, name, None) for name in names)
     q, *new = qkv.transpose(1, 2).split([h, hkv, hkv], dim=1)
     out, on = torch.empty(b, t, h, d, dtype=dtype).transpose(1, 2), card(k.device)
-    for launch in attention_launches(
-        q, k, v, start, *scales, out, on, Fresh(*new, *table, *weights, 1e-5)
-    ):
-        launch.run()
+    fresh = Fresh(*new, *table, *weights, 1e-5)
+    attention_launch(q, k, v, start, *scales, cache.arrived, out, on, fresh).run()
 
     assert (out - want).norm() < 2 * TOLERANCE[dtype] * want.norm()
     written = torch.zeros(b, s, dtype=torch.bool)
     written[torch.arange(b)[:, None], position] = True
-    for mine, theirs in zip(cache.buffers(), other.buffers(), strict=True):
-        mine, theirs = mine.transpose(1, 2), theirs.transpose(1, 2)  # [B, S, H_kv, .]
+    assert not cache.arrived.any()
+    for name, theirs in other.named_buffers():
+        if name == "arrived":
+            continue
+        # [B, S, H_kv, .]
+        mine, theirs = (x.transpose(1, 2) for x in (cache.get_buffer(name), theirs))
         assert torch.equal(mine[~written], theirs[~written])
         difference = (mine[written].float() - theirs[written].float()).abs()
         if mine.dtype == torch.int8:  # x / s may fall to the other side of a half

@@ -5,7 +5,7 @@
 A program takes the rows (t, g) of one key-value head: T new tokens times the G query heads that
 share it, so that K and V are read once for all of them. The blocks of filled slots are dealt out
 evenly to `splits` programs, by `start`, which stays on the device; a program without a block exits
-at once. Each leaves its softmax's maximum, sum and weighted values, and `combine` joins them.
+at once. Each leaves its softmax's maximum, sum and weighted values; the last to come joins them.
 Source: flash-decoding (Dao et al. 2023), online softmax (arXiv 1805.02867).
 
 An int8 cache has a scale per slot and head: the keys' scale meets the scores, the values' the
@@ -109,19 +109,48 @@ def insert(
 
 
 @triton.jit
+def join_splits(
+    sums, maxima, totals, at, used, d, D, r_ok,
+    R: tl.constexpr, BLOCK_D: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """What the `used` splits of a tile have left, from row `at` on, as one: [R, BLOCK_D].
+
+    Other programs wrote it: past the L1 cache. AT_ONCE splits are on their way together.
+    """
+    best = tl.full([R], float("-inf"), tl.float32)
+    total = tl.zeros([R], tl.float32)
+    acc = tl.zeros([R, BLOCK_D], tl.float32)
+    for begin in range(0, used, AT_ONCE):
+        split = begin + tl.arange(0, AT_ONCE)
+        row, there = at + split[:, None] * R + tl.arange(0, R)[None, :], (split < used)[:, None]
+        mask = (there & r_ok[None, :])[:, :, None] & (d < D)[None, None, :]
+        place = sums + row[:, :, None] * D + d[None, None, :]
+        part = tl.load(place, mask=mask, other=0, cache_modifier=".cg")
+        own = tl.load(maxima + row, mask=there, other=float("-inf"), cache_modifier=".cg")
+        own_total = tl.load(totals + row, mask=there, other=0, cache_modifier=".cg")
+        top = tl.maximum(best, tl.max(own, axis=0))  # the first split sees slot 0: finite
+        fade, weight = tl.exp2(best - top), tl.exp2(own - top[None, :])
+        total = total * fade + tl.sum(own_total * weight, axis=0)
+        acc = acc * fade[:, None] + tl.sum(part * weight[:, :, None], axis=0)
+        best = top
+    return acc / total[:, None]
+
+
+@triton.jit
 def attend(
     q, k, v, start, k_scale, v_scale, new_k, new_v, cos, sin, q_norm, k_norm, eps,
-    out, maxima, totals, q_b, q_h, q_t, out_b, out_h, out_t, T, S, D, kv_heads, softmax_scale,
+    out, sums, maxima, totals, arrived, q_b, q_h, q_t, out_b, out_h, out_t,
+    T, S, D, kv_heads, softmax_scale,
     GROUP: tl.constexpr, R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr, NEW: tl.constexpr, PDL: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B H_kv, tiles of R rows, SPLITS). `softmax_scale` is log2(e) / sqrt(D).
+    """out [B, H, T, D]. Grid (B H_kv, tiles of R rows, SPLITS). `softmax_scale`: log2(e) / sqrt(D).
 
     With new_k, new_v, T <= NEW, see Fresh, these go into the cache first. Two tiles write the same
     to the same slots.
 
-    One split writes out [B, H, T, D]; more write sums out [B H_kv, rows, SPLITS, D] fp32, maxima
-    and totals [B H_kv, rows, SPLITS] fp32, rows a multiple of R.
+    With several splits: scratch sums [B H_kv, tiles, SPLITS, R, D], maxima and totals of the same
+    but for D, fp32, and `arrived`, int32 zeros, one a tile, zeros again at the end.
     """
     wait_for_others(PDL)
     pair, tile, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -172,50 +201,35 @@ def attend(
             p *= tl.load(v_scale + place, mask=s_ok, other=0).to(tl.float32)[None, :]
         vs = operand(tl.load(v + offsets, mask=mask, other=0), qs.dtype, INTERPRET)
         acc = dot(operand(p, qs.dtype, INTERPRET), vs, acc * fade[:, None], False, INTERPRET)
-    if SPLITS == 1:
-        acc /= total[:, None]
-        at = batch * out_b + head * out_h + t.to(tl.int64) * out_t
-        tl.store(out + at[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=of_rows)
-    else:
-        row = (pair * (tl.num_programs(1) * R) + r) * SPLITS + split
+    if SPLITS > 1:
+        place, used = pair * tl.num_programs(1) + tile, tl.cdiv(blocks, share)
+        row = (place * SPLITS + split) * R + tl.arange(0, R)
         tl.store(maxima + row, best)
         tl.store(totals + row, total)
-        tl.store(out + row[:, None] * D + d[None, :], acc, mask=d_ok[None, :])
+        tl.store(sums + row[:, None] * D + d[None, :], acc, mask=of_rows)
+        tl.debug_barrier()  # the atomic is of one thread: only then all have stored
+        if tl.atomic_add(arrived + place, 1) < used - 1:
+            return
+        acc = join_splits(
+            sums, maxima, totals, place * SPLITS * R, used, d, D, r_ok, R, BLOCK_D,
+            min(SPLITS, 128 // R),
+        )  # fmt: skip
+        tl.store(arrived + place, 0)
+    else:
+        acc /= total[:, None]
+    at = batch * out_b + head * out_h + t.to(tl.int64) * out_t
+    tl.store(out + at[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=of_rows)
 
 
-@triton.jit
-def combine(
-    sums, maxima, totals, start, out,
-    out_b, out_h, out_t, T, D, kv_heads, tiles,
-    GROUP: tl.constexpr, R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Join the splits of one row. Grid (B H_kv, T GROUP)."""
-    wait_for_others(PDL)
-    pair, r = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    batch, kv_head = pair // kv_heads, pair % kv_heads
-    tile = r // R
-    first = tl.load(start + batch).to(tl.int32)
-    _, blocks, share = block_share(first, tile, T, GROUP, R, BLOCK_S, SPLITS)
-    split, d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
-    used = split * share < blocks
-    row = (pair * (tiles * R) + r) * SPLITS + split
-    best = tl.load(maxima + row, mask=used, other=float("-inf"))
-    total = tl.load(totals + row, mask=used, other=0)
-    weight = tl.exp2(best - tl.max(best, axis=0))  # the first split sees slot 0: finite
-    mask = used[:, None] & (d < D)[None, :]
-    acc = tl.load(sums + row[:, None] * D + d[None, :], mask=mask, other=0)
-    y = tl.sum(acc * weight[:, None], axis=0) / tl.sum(total * weight, axis=0)
-    at = batch * out_b + (kv_head * GROUP + r % GROUP) * out_h + (r // GROUP) * out_t
-    tl.store(out + at + d, y.to(out.dtype.element_ty), mask=d < D)
-
-
-def attention_launches(
+def attention_launch(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, k_scale: Tensor | None,
-    v_scale: Tensor | None, out: Tensor, on: Card,
+    v_scale: Tensor | None, arrived: Tensor | None, out: Tensor, on: Card,
     fresh: Fresh | None = None,
-) -> list[Launch]:  # fmt: skip
-    """The kernels that fill out [B, H, T, D]; tensors may be on the meta device."""
+) -> Launch:  # fmt: skip
+    """The kernel that fills out [B, H, T, D]; tensors may be on the meta device.
+
+    Without as many counters in `arrived` as it has tiles it is not split.
+    """
     (batch, heads, t, d), kv_heads, slots = q.shape, k.shape[1], k.shape[2]
     group = heads // kv_heads
     block_d, rows = max(16, triton.next_power_of_2(d)), t * group
@@ -226,43 +240,41 @@ def attention_launches(
         1, min(on.processors * PROGRAMS // (pairs * tiles), -(-slots // block_s), MAX_SPLITS)
     )
     splits = triton.next_power_of_2(wanted + 1) // 2  # the power of two below
-    sums, maxima, totals = out, None, None
+    sums, maxima, totals = None, None, None
+    if arrived is None or arrived.numel() < pairs * tiles:
+        splits = 1
     if splits > 1:
-        sums = torch.empty((pairs, tiles * r, splits, d), device=q.device)
+        sums = torch.empty((pairs, tiles, splits, r, d), device=q.device)
         maxima, totals = (torch.empty(sums.shape[:-1], device=q.device) for _ in range(2))
     new = fresh or Fresh(None, None, None, None)
     if fresh and not q.stride() == new.k.stride() == new.v.stride():
         raise ValueError("q and the new keys and values must have the same strides")
-    strides = {"out_b": out.stride(0), "out_h": out.stride(1), "out_t": out.stride(2)}
     arguments = {
         "q": q, "k": k, "v": v, "start": start, "k_scale": k_scale, "v_scale": v_scale,
         "new_k": new.k, "new_v": new.v, "cos": new.cos, "sin": new.sin, "q_norm": new.q_norm,
         "k_norm": new.k_norm, "eps": None if new.q_norm is None else new.eps,
-        "out": sums, "maxima": maxima, "totals": totals,
-        "q_b": q.stride(0), "q_h": q.stride(1), "q_t": q.stride(2), **strides,
+        "out": out, "sums": sums, "maxima": maxima, "totals": totals,
+        "arrived": None if sums is None else arrived,
+        "q_b": q.stride(0), "q_h": q.stride(1), "q_t": q.stride(2),
+        "out_b": out.stride(0), "out_h": out.stride(1), "out_t": out.stride(2),
         "T": t, "S": slots, "D": d, "kv_heads": kv_heads,
         "softmax_scale": math.log2(math.e) * d**-0.5,
     }  # fmt: skip
     constants = {"GROUP": group, "R": r, "BLOCK_S": block_s, "BLOCK_D": block_d, "SPLITS": splits}
-    options = {"num_warps": 8 if r == 64 else 4, "num_stages": 2}
+    # asked for no number of registers the assembler at times takes 128 and spills the rest
+    options = {"num_warps": 8 if r == 64 else 4, "num_stages": 2, "maxnreg": 255}
     slots_at_once = triton.next_power_of_2(t) if fresh else 1
-    launch = Launch(
+    return Launch(
         attend, (pairs, tiles, splits), arguments,
         {**constants, "NEW": slots_at_once, "INTERPRET": interpreting()}, options,
     )  # fmt: skip
-    if splits == 1:
-        return [launch]
-    arguments = {
-        "sums": sums, "maxima": maxima, "totals": totals, "start": start, "out": out, **strides,
-        "T": t, "D": d, "kv_heads": kv_heads, "tiles": tiles,
-    }  # fmt: skip
-    return [launch, Launch(combine, (pairs, rows), arguments, constants, {"num_warps": 4})]
 
 
 @torch.library.custom_op("flatllama::triton_attention", mutates_args=())
 def triton_attention(
-    q: Tensor, k: Tensor, v: Tensor, start: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
+    arrived: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Arguments and result as kernels.attention.attention; the caches contiguous."""
     if not all(t is None or t.is_contiguous() for t in (k, v, k_scale, v_scale)):
         raise ValueError("the caches and their scales must be contiguous")
@@ -271,12 +283,11 @@ def triton_attention(
     start = start.contiguous()
     out = torch.empty_like(q)
     if out.numel():
-        args = (q, k, v, start, k_scale, v_scale, out, card(q.device))
-        for launch in attention_launches(*args):
-            launch.run()
+        on = card(q.device)
+        attention_launch(q, k, v, start, k_scale, v_scale, arrived, out, on).run()
     return out
 
 
 @triton_attention.register_fake
-def _(q, k, v, start, k_scale, v_scale):
+def _(q, k, v, start, k_scale, v_scale, arrived):
     return torch.empty_like(q if q.stride(-1) == 1 else q.contiguous())

@@ -1,11 +1,10 @@
-"""A Transformer on a few new tokens as one operator: six kernels a layer, no tensor in between
+"""A Transformer on a few new tokens as one operator: five kernels a layer, no tensor in between
 that another kernel could have made on its way.
 
     embed      rows of the table; their RMSNorm begun
     matmul     wqkv, its input's RMSNorm ended                                  } every
     attend     norms of heads, rotary embedding; keys and values into the       } layer
                cache, rounded to int8 where it is int8; attention               }
-    combine    its splits joined                                                }
     matmul     wo, plus the residual; the result's RMSNorm begun                }
     matmul     w13, its input's RMSNorm ended; silu(gate) * up comes out        }
     matmul     w2, plus the residual; the result's RMSNorm begun                }
@@ -28,7 +27,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from kernels.activations import way_of
-from kernels.cuda.attention import Fresh, attention_launches
+from kernels.cuda.attention import Fresh, attention_launch
 from kernels.cuda.common import wait_for_others
 from kernels.cuda.inputs import READY_TYPES, ready_launch
 from kernels.cuda.launch import Launch, card
@@ -81,7 +80,8 @@ class FusedLinear:
     ):
         """`weighted`: the kernel in front can leave its result times `factor`."""
         self.bias, self.norm, self.eps = layer.bias, norm, eps
-        self.input_scale, self.way = getattr(layer, "input_scale", None), way_of(layer)
+        self.input_scale = getattr(layer, "input_scale", None)
+        self.way = way_of(layer) if getattr(layer, "rounds_few_rows", True) else "none"
         packed = getattr(layer, "packed", None)
         if packed is None:
             self.n, self.k = layer.weight.shape
@@ -190,12 +190,11 @@ class Step:
         q, new_k, new_v = heads.split([h, kv_heads, kv_heads], dim=1)
         out = torch.empty((rows // t, t, h, d), dtype=qkv.dtype, device=qkv.device)
         scales = [getattr(cache, name, None) for name in ("k_scale", "v_scale")]
-        launches = attention_launches(
-            q, cache.k, cache.v, start, *scales, out.transpose(1, 2), card(q.device),
+        launch = attention_launch(
+            q, cache.k, cache.v, start, *scales, cache.arrived, out.transpose(1, 2), card(q.device),
             Fresh(new_k, new_v, self.cos, self.sin, *norms, self.config.norm_eps),
         )  # fmt: skip
-        for launch in launches:
-            launch.run()
+        launch.run()
         return out.view(rows, h * d)
 
     def run(self, tokens: Tensor, start: Tensor, last: Tensor | None) -> Tensor:
