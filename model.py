@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kernels import native
 from kernels.attention import attention, split_counters
+from kernels.choice import eager_triton
 from kernels.decode import MOST_ROWS, decode, decode_step, make_step, plan_decode
 from kernels.linear import Linear
 
@@ -137,6 +138,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x [B, T, H, D] by angles [B, T, 1, D / 2], computed in fp32."""
     if native.serves(x):
         return torch.ops.flatllama.rotate(x, cos, sin)
+    if eager_triton(x.device):
+        return torch.ops.flatllama.triton_rotate(x, cos, sin)
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -154,6 +157,14 @@ class KVCache(nn.Module):
 
     def update(self, k: Tensor, v: Tensor, position: Tensor) -> None:
         """Write k, v [B, T, H_kv, D] into the slots `position` [B, T]."""
+        if eager_triton(k.device):
+            scales = (getattr(self, name, None) for name in ("k_scale", "v_scale"))
+            torch.ops.flatllama.triton_keep(k, v, self.k, self.v, *scales, position)
+        else:
+            self.write(k, v, position)
+
+    def write(self, k: Tensor, v: Tensor, position: Tensor) -> None:
+        """`update` by torch's operators."""
         batch = torch.arange(position.shape[0], device=position.device)[:, None]  # [B, 1]
         self.k[batch, :, position] = k
         self.v[batch, :, position] = v
@@ -175,9 +186,9 @@ class Int8KVCache(KVCache):
             zeros = torch.zeros((batch, heads, length, 1), dtype=dtype, device=device)
             self.register_buffer(name, zeros, persistent=False)
 
-    def update(self, k: Tensor, v: Tensor, position: Tensor) -> None:
+    def write(self, k: Tensor, v: Tensor, position: Tensor) -> None:
         (k, k_scale), (v, v_scale) = self.quantize(k), self.quantize(v)
-        super().update(k, v, position)
+        super().write(k, v, position)
         batch = torch.arange(position.shape[0], device=position.device)[:, None]
         self.k_scale[batch, :, position] = k_scale
         self.v_scale[batch, :, position] = v_scale
@@ -206,6 +217,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if native.serves(x):
             return torch.ops.flatllama.rms_norm(x, self.weight, self.eps)
+        if eager_triton(x.device):
+            return torch.ops.flatllama.triton_rms_norm(x, self.weight, self.eps)
         return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
 
 
@@ -242,6 +255,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of [..., gate's F columns, then up's] -> [..., F]."""
     if native.serves(gate_up):
         return torch.ops.flatllama.silu_mul(gate_up)
+    if eager_triton(gate_up.device):
+        return torch.ops.flatllama.triton_silu_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 

@@ -54,6 +54,17 @@ def triton_on(device: torch.device) -> bool:
     return _setting == "triton" and device.type == "cpu" and interpreting()
 
 
+def eager_triton(device: torch.device) -> bool:
+    """Whether what lies between products on `device` runs as Triton kernels, which are then loaded.
+
+    Not while torch.compile traces: it fuses the formulas itself.
+    """
+    if torch.compiler.is_compiling() or not triton_on(device):
+        return False
+    _import_kernels()
+    return True
+
+
 def load_triton() -> None:
     """Import the Triton kernels, which registers their operators.
 
@@ -67,5 +78,5 @@ def load_triton() -> None:
 def _import_kernels() -> None:
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("the Triton kernels need `pip install triton`; or take --kernels aten")
-    for name in ("linear", "attention", "step"):
+    for name in ("linear", "attention", "step", "between"):
         importlib.import_module(f"kernels.cuda.{name}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kernels import native
 from kernels.activations import way_of
-from kernels.choice import load_triton, triton_on
+from kernels.choice import eager_triton, load_triton, triton_on
 from kernels.cuda.weight import TritonWeight, float_product
 
 Params = dict[str, Tensor]
@@ -293,7 +293,7 @@ class QuantizedLinear(nn.Module):
         if not self.quantizes(x):
             return x, None
         way = way_of(self)
-        if way is not None and not torch.compiler.is_compiling():  # which fuses it with others
+        if way is not None and eager_triton(x.device):
             return torch.ops.flatllama.triton_quantize(x, way)
         q, scale = self.quantize_input(x)
         return q if q.dtype == torch.int8 else q.to(torch.bfloat16), scale

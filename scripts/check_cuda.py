@@ -3,13 +3,13 @@
 python scripts/check_cuda.py --json checks.json
 python scripts/check_cuda.py --checks engine,attention,steps,int4 --json checks.json
 
-Every format, rows of every kernel, ragged and regular shapes, against the
-canonical weight's product in fp64; attention against its reference; a whole step as one operator
-against the same in fp32, and with overlapping kernels, which must change no bit; the engine's
-compiled steps, captured in CUDA graphs. Nearly all of that time is Triton's, which compiles over a
-thousand kernels, so each unit is checked in a process of its own, `--jobs` at a time; a crash, or
-more than `--limit` seconds, ends that unit alone, and what is known is written at once. Exit code 1
-if a kernel is wrong. scripts/time_cuda.py times them.
+Every format, rows of every kernel, ragged and regular shapes, against the canonical weight's
+product in fp64; attention against its reference; what lies between products against torch; a whole
+step as one operator against the same in fp32, and with overlapping kernels, which must change no
+bit; the engine's compiled steps, captured in CUDA graphs. Nearly all of that time is Triton's,
+which compiles over a thousand kernels, so each unit is checked in a process of its own, `--jobs` at
+a time; a crash, or more than `--limit` seconds, ends that unit alone, and what is known is written
+at once. Exit code 1 if a kernel is wrong. scripts/time_cuda.py times them.
 """
 
 import json
@@ -34,7 +34,7 @@ from kernels import choice
 from kernels.attention import attention, attention_reference, split_counters
 from kernels.formats import FORMATS
 from kernels.linear import Linear, QuantizedLinear
-from model import CONFIGS, ModelConfig, Transformer
+from model import CONFIGS, KV_CACHES, ModelConfig, RMSNorm, Transformer, rotate, silu_mul
 from modes import parse_mode
 from random_weights import random_model
 from sampling import Sampling
@@ -154,6 +154,42 @@ def check_attention() -> Iterator[dict]:
                 what = f"attention {[b, h, hkv, t, s, d]} {dtype}, {kind} cache"
                 split = partial(attention, q, *cache, arrived)
                 yield judged(what, tolerance, lambda y=want, f=split: relative(f(), y))
+
+
+def between(given: tuple[torch.Tensor, ...], kind: str) -> list[torch.Tensor]:
+    """What modules compute between products: rotated queries, a norm, silu(gate) * up, a cache."""
+    qkv, cos, sin, position, x, weight, gate_up = given
+    q, k, v = qkv.split([qkv.shape[2] - 4, 2, 2], dim=2)
+    cache = KV_CACHES[kind](len(qkv), 2, 300, qkv.shape[3], qkv.dtype, DEVICE)
+    cache.update(rotate(k, cos, sin), v, position)
+    norm = RMSNorm(len(weight), 1e-5).to(x).requires_grad_(False)
+    norm.weight.copy_(weight)
+    kept = [cache.k.float(), cache.v.float()]
+    if kind == "int8":
+        kept = [c * s.float() for c, s in zip(kept, (cache.k_scale, cache.v_scale), strict=True)]
+    return [rotate(q, cos, sin), norm(x), silu_mul(gate_up), *kept]
+
+
+def check_between(t: int = 70, d: int = 128, width: int = 4096) -> Iterator[dict]:
+    """What lies between the products of many rows, against torch's operators in fp32."""
+    for dtype, tolerance in TOLERANCE.items():
+        shapes = (2, t, 12, d), (2 * t, width), (width,), (2 * t, 6 * width)
+        qkv, x, weight, gate_up = (torch.randn(s, device=DEVICE).to(dtype) for s in shapes)
+        angles = 6 * torch.rand(2, t, 1, d // 2, device=DEVICE)
+        position = torch.tensor([[3], [300 - t]], device=DEVICE) + torch.arange(t, device=DEVICE)
+        given = qkv, angles.cos(), angles.sin(), position, x, weight, gate_up
+        exact = tuple(tensor.float() if tensor.dtype == dtype else tensor for tensor in given)
+        for kind in KV_CACHES:
+            choice.kernels("inductor")
+            want = between(exact, kind)
+            choice.kernels("triton")
+
+            def error(given=given, kind=kind, want=want) -> float:
+                pairs = zip(between(given, kind), want, strict=True)
+                return max(relative(y, w.double()) for y, w in pairs)
+
+            limit = 2 * tolerance if kind == "bf16" else 2e-2
+            yield judged(f"between products, {dtype}, {kind} cache", limit, error)
 
 
 class ExactLinear(torch.nn.Module):
@@ -299,7 +335,10 @@ def check(unit: str) -> Iterator[dict]:
     return UNITS[unit]()
 
 
-UNITS = {"engine": check_engine, "float": check_float, "attention": check_attention}
+UNITS = {
+    "engine": check_engine, "float": check_float, "attention": check_attention,
+    "between": check_between,
+}  # fmt: skip
 
 
 def units_of(checks: str) -> list[str]:

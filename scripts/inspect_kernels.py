@@ -152,6 +152,24 @@ def step_launches(capability: int) -> Iterator[tuple[str, int, Launch]]:
             yield f"{name}, residual", rows, product_launch(name, rows, capability, **added)
 
 
+def between_launches() -> Iterator[tuple[str, int, Launch]]:
+    """What cuda/between.py launches for a prompt of 128 tokens: Llama-3-8B."""
+    from kernels.cuda.between import keep_launch, rotate_launch, silu_mul_launch
+    from kernels.cuda.inputs import ready_launch
+
+    q, k, v = empty(1, 128, 48, 128).split([32, 8, 8], dim=2)
+    angles, position = empty(128, 64, dtype=torch.float32), empty(128, dtype=torch.int64)
+    x, out = empty(128, N), empty(128, N)
+    yield "norm", 128, ready_launch(x, empty(N), None, None, 1e-5, out, None, "none")
+    yield "rotary embedding", 128, rotate_launch(q, angles, angles, out)
+    for dtype, kind in ((torch.bfloat16, "bf16"), (torch.int8, "int8")):
+        cache = empty(1, 8, 4096, 128, dtype=dtype)
+        scale = empty(1, 8, 4096, 1) if dtype == torch.int8 else None
+        launch = keep_launch(k, v, cache, cache, scale, scale, position)
+        yield f"into the cache, {kind}", 128, launch
+    yield "silu times up", 128, silu_mul_launch(empty(128, 2 * 14336), empty(128, 14336))
+
+
 def compiles(launch: Launch, capability: int) -> bool:
     """float8 has no conversion before 8.9; there its codes are taken apart as fpx-4-3's are."""
     return capability >= 89 or launch.constants.get("KIND") != "e4m3"
@@ -169,6 +187,7 @@ def cases(capability: int) -> Iterator[tuple[str, int, Launch]]:
         for tokens in (1, 512):
             yield f"attention, {cache} cache", tokens, attention_launch(tokens, dtype)
     yield from step_launches(capability)
+    yield from between_launches()
 
 
 def tool(name: str, *arguments: str) -> str:

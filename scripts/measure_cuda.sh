@@ -27,7 +27,7 @@ bench() {  # NAME, then flags of bench.py
 case $part in
 1)  # whether all is right, then the bars: bf16, int8 and int4, kernels apart and overlapping
     python3 scripts/check_cuda.py --json "$out/cuda_checks.json" --limit 200 --checks \
-        engine,float,attention,steps,int8,int8dq,int4,int8dq-int4,float8,float8dq-row,fp6,uint3,w4a8
+        engine,float,attention,between,steps,int8,int8dq,int4,int8dq-int4,float8,float8dq-row,fp6,uint3,w4a8
     fill triton reduce-overhead bf16 int4:64 int8
     fill triton-pdl reduce-overhead bf16 int4:64 int8
     wait

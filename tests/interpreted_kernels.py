@@ -427,6 +427,26 @@ def test_attention_int8_cache(case):
         assert (y - want).norm() < TOLERANCE[BF16] * want.norm()
 
 
+def test_between_products(monkeypatch):
+    """Each as one kernel, against torch's operators, as a GPU would be judged."""
+    from kernels.cuda import between
+    from kernels.cuda.inputs import ready_launch
+    from scripts import check_cuda
+
+    monkeypatch.setattr(check_cuda, "DEVICE", "cpu")
+    for sizes in ((5, 24, 203), (2, 64, 1300)):
+        found = list(check_cuda.check_between(*sizes))
+        assert len(found) == 4 and all(check["ok"] for check in found), found
+    monkeypatch.setattr(between, "ready_launch", lambda *a: ready_launch(*a[:4], 0.1, *a[5:]))
+    assert not any(check["ok"] for check in check_cuda.check_between(3, 16, 40))
+
+
+def test_slots_behind_the_cache_are_not_written():
+    cache = KV_CACHES["bf16"](1, 2, 4, 8, FP32)
+    cache.update(*torch.randn(2, 1, 2, 2, 8), torch.tensor([[3, 4]]))
+    assert cache.k[0, :, 3].all() and not cache.k[0, :, :3].any()
+
+
 NEW_TOKENS = [  # as above; new slots that begin and end blocks of 32 and 64, and lie in two of them
     (2, 4, 2, 1, 200, 16, [64, 63]), (2, 4, 2, 5, 200, 24, [61, 128]),
     (3, 2, 2, 4, 130, 64, [0, 28, 126]), (1, 24, 1, 12, 160, 16, [90]),
@@ -444,7 +464,7 @@ def test_attention_of_new_tokens(case, kind, dtype=FP32):
     cache, other = (KV_CACHES[kind](b, hkv, s, d, dtype) for _ in range(2))
     old = [torch.randn(b, s, hkv, d).to(dtype) for _ in range(2)]
     for filled in (cache, other):
-        filled.update(*old, torch.arange(s).expand(b, s))
+        filled.write(*old, torch.arange(s).expand(b, s))
     start, angles = torch.tensor(start), torch.rand(s, d // 2) * 6
     position, table = start[:, None] + torch.arange(t), (angles.cos(), angles.sin())
     qkv = torch.randn(b, t, h + 2 * hkv, d).to(dtype)
@@ -456,8 +476,10 @@ def test_attention_of_new_tokens(case, kind, dtype=FP32):
         for norm, weight in zip(norms, weights, strict=True):
             norm.weight.copy_(weight)
         unturned = torch.cat([norms[0](unturned[:, :, :h]), norms[1](unturned[:, :, h:])], 2)
+    choice.kernels("inductor")
     turned = rotate(unturned, *(x[position][:, :, None] for x in table)).to(dtype)
-    other.update(turned[:, :, h:], qkv[:, :, h + hkv :], position)
+    choice.kernels("triton")
+    other.write(turned[:, :, h:], qkv[:, :, h + hkv :], position)
     names = ("k", "v", "k_scale", "v_scale")
     want_k, want_v, *want_scales = (getattr(other, name, None) for name in names)
     q = turned[:, :, :h].transpose(1, 2)

@@ -27,6 +27,8 @@ COMPILED = [  # what inspect_kernels.py's `cases` calls them, rows of x
     ("inputs made ready, symmetric", 1), ("inputs made ready, float8", 1),
     ("bf16, normed and gated", 1), ("int4 g64, normed and gated", 1), ("int4 g64, residual", 16),
     ("attention, bf16 cache", 1), ("attention, int8 cache", 512),
+    *((name, 128) for name in ("norm", "rotary embedding", "into the cache, bf16",
+                               "into the cache, int8", "silu times up")),
 ]  # fmt: skip
 
 
@@ -95,7 +97,7 @@ def test_machine_code_of_other_types(rows, dtype):
 
 @pytest.mark.parametrize(
     "name", ["int4 g64", "uint3 g64", "embedding", "attention of a step, bf16 cache",
-             "attention, bf16 cache"],
+             "attention, bf16 cache", "norm", "rotary embedding", "silu times up"],
 )  # fmt: skip
 def test_dependent_launch(name, setting):
     """Before the kernel in front has ended, only weights are asked for; others see no waiting."""

@@ -69,6 +69,10 @@ def test_attention_of_new_tokens(kind, gpu):
     cases.test_attention_of_new_tokens(cases.NEW_TOKENS[1], kind, BF16)
 
 
+def test_between_products(gpu, monkeypatch):
+    cases.test_between_products(monkeypatch)
+
+
 def test_whole_step_bf16(gpu, monkeypatch):
     """On sm_90 with overlapping kernels: what they prefetch is there; here they end in turns."""
     from kernels.cuda import launch

@@ -10,6 +10,7 @@ epilogue.py    device functions: from the sums of a product to its result
 common.py      device functions that all kernels share
 linear.py      block sizes and splits, launches, the operator
 attention.py   attention over the filled part of a cache
+between.py     norm, rotary embedding, cache and SiLU of many rows, a kernel each
 inputs.py      inputs of a product made ready: norm, scale, dynamic quantization
 step.py        a whole Transformer on a few tokens
 launch.py      a launch as data, to be run or to be compiled without a GPU

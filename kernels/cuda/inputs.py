@@ -42,9 +42,12 @@ def ready(
     ok = i < K
     v = tl.load(x + m * K + i, mask=ok, other=0).to(tl.float32)
     if norm is not None:
-        one = m + tl.zeros([1], tl.int64)
-        root = mean_root(squares, one, one >= 0, K, eps, PARTS, PARTS_BLOCK)
-        v = (v * tl.sum(root, axis=0)).to(DTYPE).to(tl.float32)
+        if squares is None:
+            root = tl.rsqrt(tl.sum(v * v, axis=0) / K + eps)
+        else:
+            one = m + tl.zeros([1], tl.int64)
+            root = tl.sum(mean_root(squares, one, one >= 0, K, eps, PARTS, PARTS_BLOCK), axis=0)
+        v = (v * root).to(DTYPE).to(tl.float32)
         v = (v * tl.load(norm + i, mask=ok, other=0).to(tl.float32)).to(DTYPE).to(tl.float32)
     if input_scale is not None:
         factor = tl.load(input_scale + i, mask=ok, other=0).to(tl.float32)
@@ -72,16 +75,18 @@ def ready_launch(
     x: Tensor, norm: Tensor | None, squares: Tensor | None, input_scale: Tensor | None, eps: float,
     out: Tensor, x_scale: Tensor | None, way: str,
 ) -> Launch:  # fmt: skip
-    """x [M, K] and its sums of squares [M, parts] -> out [M, K], x_scale [M]."""
+    """x [M, K], with a norm's sums of its squares [M, parts] or none -> out [M, K], x_scale [M]."""
     k, parts = x.shape[1], 1 if squares is None else squares.shape[1]
     arguments = {"x": x, "norm": norm, "squares": squares, "input_scale": input_scale, "eps": eps,
                  "out": out, "x_scale": x_scale, "K": k}  # fmt: skip
+    block = triton.next_power_of_2(k)
     constants = {
-        "WAY": way, "PARTS": parts,
-        "BLOCK": triton.next_power_of_2(k),
+        "WAY": way, "PARTS": parts, "BLOCK": block,
         "PARTS_BLOCK": triton.next_power_of_2(parts), "DTYPE": TYPES[x.dtype],
     }  # fmt: skip
-    return Launch(ready, (x.shape[0],), arguments, constants, {"num_warps": 8})
+    return Launch(
+        ready, (x.shape[0],), arguments, constants, {"num_warps": min(8, max(1, block // 256))}
+    )
 
 
 @torch.library.custom_op("flatllama::triton_quantize", mutates_args=())
