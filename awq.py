@@ -49,6 +49,7 @@ def awq(
     mean = mean.clamp(min=1e-4)  # a channel that is never used shall not set the others' scale
 
     def attempt(input_scale: Tensor, params: Params | None = None):
+        """(error, codes, params, input_scale)"""
         scaled = w / input_scale
         if params is None:
             grid.learn([scaled])
@@ -58,13 +59,13 @@ def awq(
         return error, codes, params, input_scale
 
     tried = (attempt(inverse_scale(mean ** (i / ratios))) for i in range(ratios))
-    best = min(tried, key=lambda result: result[0])
-    input_scale = best[3]
+    error, codes, params, input_scale = min(tried, key=lambda result: result[0])
     scaled = w / input_scale
     grid.learn([scaled])  # what the best attempt learned
     if clip_steps > 1:
         pruned = scaled * grid.keep(scaled.abs())
         hessian = stats.hessian * input_scale * input_scale[:, None]  # of the scaled inputs
-        params = fit_clipped(pruned, grid, hessian, clip_steps)
-        best = min(best, attempt(input_scale, params), key=lambda result: result[0])
-    return best[1], {**best[2], "input_scale": input_scale}
+        clipped = attempt(input_scale, fit_clipped(pruned, grid, hessian, clip_steps))
+        if clipped[0] < error:
+            _, codes, params, _ = clipped
+    return codes, {**params, "input_scale": input_scale}

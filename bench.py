@@ -222,9 +222,11 @@ def summary(entries: list[Entry], args: argparse.Namespace) -> dict:
     """The figures of the turns so far; of at least one entry there are some."""
     failed = {entry.mode: entry.failure for entry in entries if entry.failure}
     entries = [entry for entry in entries if entry.turns and not entry.failure]
+    turns = [figures for entry in entries for figures in entry.turns]
+    compiled = "compiled" if any(figures["compile_mode"] for figures in turns) else "not compiled"
     protocol = (
         f"decoding {args.max_new_tokens} tokens greedily after a prompt of {args.prompt}, batch 1, "
-        f"{'compiled' if args.compile else 'eager'}, prefill and compilation not counted; median "
+        f"{compiled}, prefill and compilation not counted; median "
         f"of {args.repeats} turns of a fresh process per mode"
     )
     if args.text:
@@ -233,7 +235,6 @@ def summary(entries: list[Entry], args: argparse.Namespace) -> dict:
             f"; token perplexity of {args.text.name}, {windows} non-overlapping "
             f"{args.seq_length}-token windows"
         )
-    turns = [figures for entry in entries for figures in entry.turns]
     read = statistics.median(f["read_bandwidth_bytes_per_s"] for f in turns)
     machine = {
         "device": turns[0]["device"], "threads": turns[0]["threads"], "torch": torch.__version__,

@@ -25,7 +25,6 @@ from kernels import native
 from kernels.formats import FORMATS
 from kernels.linear import Linear, QuantizedLinear
 from model import ModelConfig, Transformer
-from scripts.download import ensure_default_model
 
 VERSION = 1
 METADATA_KEY = "flatllama"  # our header, JSON, in the safetensors metadata
@@ -177,6 +176,8 @@ def open_checkpoint(path: Path | str | None = None) -> Checkpoint:
     None is the default model, fetched first if it is missing.
     """
     if path is None:
+        from scripts.download import ensure_default_model  # a script: it edits sys.path
+
         try:
             path = ensure_default_model()
         except OSError as error:

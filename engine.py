@@ -50,7 +50,7 @@ class Rows:
     """What the rows of a batch have said so far, and which of them have ended."""
 
     def __init__(self, count: int, eos_ids: Set[int], on_token: Callable | None):
-        self.texts: list[list[int]] = [[] for _ in range(count)]
+        self.token_ids: list[list[int]] = [[] for _ in range(count)]
         self.done, self.eos_ids, self.on_token = [False] * count, eos_ids, on_token
 
     def take(self, newest: list[int]) -> bool:
@@ -58,7 +58,7 @@ class Rows:
         for row, token in enumerate(newest):
             self.done[row] |= token in self.eos_ids
             if not self.done[row]:
-                self.texts[row].append(token)
+                self.token_ids[row].append(token)
         if self.on_token and not all(self.done):
             pairs = zip(newest, self.done, strict=True)
             self.on_token([None if done else token for token, done in pairs])
@@ -134,6 +134,8 @@ class Engine:
         spare: int = 0,
         fused: bool = True,
     ):
+        if compile_prefill and compile_mode is None:
+            raise ValueError("compile_prefill needs a compile_mode")
         if length > model.config.max_positions:
             limit = model.config.max_positions
             raise UserError(f"{length} tokens asked for, but the model's context is {limit}")
@@ -151,7 +153,7 @@ class Engine:
         self.prefill_step = self._prefill_step
         self.warm_sizes: list[int] = []  # prompt lengths that between them use every bucket
         graphs = self.device.type == "cuda" and compile_mode in GRAPH_MODES and buckets is not None
-        if compile_mode is not None and compile_prefill:
+        if compile_prefill:
             self.compiled.append("prefill")
             mode = compile_mode if graphs else None
             self.prefill_step = one_graph(self._prefill_step, mode, dynamic=buckets is None)
@@ -258,7 +260,7 @@ class Engine:
             Result; its token_ids hold the new tokens, the closing EOS left out.
         """
         self.check(prompts, max_new_tokens)
-        first = self._shared_prefix(prompts[0]) if self.batch == 1 else 0
+        first = self.shared_prefix(prompts[0]) if self.batch == 1 else 0
         self.cached = []  # until the end: an interruption leaves slots of two texts
         rows, clock = Rows(len(prompts), eos_ids, on_token), Clock(self.device)
         u = self.uniforms(max_new_tokens)
@@ -271,10 +273,9 @@ class Engine:
             first_token_s = time.perf_counter() - begin
             clock.mark()
             self._decode(token, start, u[1:], rows, clock)
-        self.cached = [*prompts[0], *rows.texts[0]][: self.length] if self.batch == 1 else []
         # The newest token was sampled but never run: its slot is not filled yet.
-        self.cached = self.cached[:-1]
-        return Result(rows.texts, max(map(len, prompts)), first_token_s, clock.intervals())
+        self.cached = [*prompts[0], *rows.token_ids[0]][:-1] if self.batch == 1 else []
+        return Result(rows.token_ids, max(map(len, prompts)), first_token_s, clock.intervals())
 
     def _decode(self, token: Tensor, start: Tensor, u: Tensor, rows: Rows, clock: Clock) -> None:
         """Go on from `token` [B, 1], to be run at positions `start` [B]: a step per row of u."""
@@ -320,7 +321,7 @@ class Engine:
                 "package: when it is exported)"
             )
 
-    def _shared_prefix(self, prompt: list[int]) -> int:
+    def shared_prefix(self, prompt: list[int]) -> int:
         """How many leading tokens of `prompt` the cache holds; at least one is left to run."""
         shared = 0
         for a, b in zip(self.cached, prompt[:-1], strict=False):

@@ -29,6 +29,7 @@ from checkpoint import load_model, open_checkpoint
 from errors import Parser, UserError, check_outputs, cli, progress, write_json
 from graphs import configure_compiler
 from loading import add_cache_argument, add_model_arguments, load
+from measure import device_name, numerics
 from model import Transformer
 from modes import FLOAT_MODES
 from prompts import open_tokenizer
@@ -262,7 +263,12 @@ def main() -> None:
     if args.compile:
         configure_compiler(args.device)
     figures = {"model": str(args.checkpoint_path or directory), "mode": mode}
-    figures |= {"kv_cache": args.kv_cache, "text": str(args.text) if args.text else None}
+    figures |= {
+        "device": device_name(args.device), "threads": torch.get_num_threads(),
+        "kernels": args.kernels, "compile": args.compile, **numerics(model),
+        "kv_cache": args.kv_cache, "text": str(args.text) if args.text else None,
+        "reference": str(args.reference) if args.reference else None, "limit": args.limit,
+    }  # fmt: skip
     if args.text or not args.tasks:
         figures |= asdict(run_perplexity(model, tokenizer, args))
     if args.tasks:

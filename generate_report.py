@@ -9,7 +9,15 @@ import torch
 
 from engine import Engine, Result
 from graphs import skipped_graphs
-from measure import device_name, peak_memory, read_bandwidth, spread, step_bytes, weight_bytes
+from measure import (
+    device_name,
+    numerics,
+    peak_memory,
+    read_bandwidth,
+    spread,
+    step_bytes,
+    weight_bytes,
+)
 
 
 def report(
@@ -29,7 +37,7 @@ def report(
     return {
         "model": str(args.random_weights or args.checkpoint_path or "smollm2-135m-instruct"),
         "mode": mode, "device": device_name(args.device), "threads": torch.get_num_threads(),
-        "kernels": args.kernels, "compile": args.compile,
+        **numerics(engine.model), "kernels": args.kernels, "compile": args.compile,
         "package": str(args.package) if args.package else None,
         "compile_mode": args.compile_mode if {*engine.compiled} - {"prefill"} else None,
         "compiled": engine.compiled,

@@ -26,10 +26,10 @@ from kernels.linear import Grid, Params
 def damped(hessian: Tensor, percdamp: float) -> Tensor:
     """H + percdamp * diag(H), and 1 on the diagonal of a dead column (H_ii = 0).
 
-    In proportion to each entry, not to their mean: correlations shrink by 1 / (1 + percdamp)
-    however small the inputs are. That guards against correlations of the calibration text which
-    other text lacks, and makes any covariance positive definite. A dead column's input was never
-    seen; without correlations it is rounded to nearest, safer than zero if it turns up after all.
+    In proportion to each entry, not to their mean as in the paper: correlations shrink by
+    1 / (1 + percdamp) however small the inputs are, and any covariance becomes positive definite.
+    A dead column's input was never seen; without correlations it is rounded to nearest, safer than
+    zero if it turns up after all.
     """
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
@@ -79,10 +79,8 @@ def fit_clipped(
     return best
 
 
-def check_options(
-    percdamp: float, clip_steps: int, refinements: int, act_order: bool = True
-) -> None:
-    """A UserError for options of `gptq` that make no sense."""
+def check_options(percdamp: float, clip_steps: int, refinements: int, **rest: bool) -> None:
+    """A UserError for options of `gptq` that make no sense; the rest of them always do."""
     if not 0 <= percdamp < math.inf or clip_steps < 1 or refinements < 0:
         raise UserError("GPTQ needs percdamp >= 0 (finite), clip_steps >= 1 and refinements >= 0")
 
@@ -105,22 +103,23 @@ def gptq(
         clip_steps: how many ranges the clip search tries; 1 takes the full range.
         act_order: columns of large inputs first; else from left to right.
         refinements: rounds of `refit` and `sweep` after GPTQ's own pass.
+            What each of the four changes: benchmarks/README.md.
         blocksize: columns updated at once; changes the speed only.
     """
     check_options(percdamp, clip_steps, refinements)
     hessian = damped(stats.hessian, percdamp)
     keep = grid.keep(w.abs() * hessian.diagonal().sqrt())  # Wanda's importance, arXiv 2306.11695
-    params = fit_clipped(w * keep, grid, hessian, clip_steps)
+    params, keep = fit_clipped(w * keep, grid, hessian, clip_steps), keep.t()  # [K, N]
     order = torch.arange(w.shape[1], device=w.device)
     if act_order:
         order = stats.hessian.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(stats.hessian[order][:, order], percdamp)
-    free, keep = w.t()[order], keep.t()[order]  # [K, N], the columns in the order of their turn
+    free, free_keep = w.t()[order], keep[order]  # [K, N], the columns in the order of their turn
     codes = []
     for first in range(0, len(order), blocksize):
         last = min(first + blocksize, len(order))
         rows, errors = round_block(
-            free[first:last], keep[first:last], factor[first:last, first:last],
+            free[first:last], free_keep[first:last], factor[first:last, first:last],
             grid, grid.columns(params, order[first:last]),
         )  # fmt: skip
         free[last:] -= factor[first:last, last:].t() @ errors
@@ -129,7 +128,7 @@ def gptq(
     codes = torch.cat(codes)[back].t().contiguous()
     for _ in range(refinements):
         params = refit(w, codes, params, grid, hessian)
-        codes = sweep(w, codes, params, keep[back].t(), grid, hessian, order, blocksize)
+        codes = sweep(w, codes, params, keep, grid, hessian, order, blocksize)
     return codes, params
 
 
@@ -184,21 +183,23 @@ def sweep(
     """Round every column once more, to the best value given all the others: coordinate descent.
 
     The best value of column i is w_hat_i - (D H)_i / H_ii, and rounding it can only lower the
-    error. All [N, K] but `order`; `keep` as in `round_block`.
+    error. w and codes [N, K]; `keep` [K, N] as in `round_block`.
     """
     columns = torch.arange(w.shape[1], device=w.device)
-    codes, keep = codes.t().contiguous(), keep.t()  # [K, N]
+    codes = codes.t().contiguous()  # [K, N]
     w_hat = grid.decode(codes.t(), grid.columns(params, columns)).t().contiguous()
     gradient = hessian @ (w_hat - w.t())
     for own in order.split(blocksize):
-        h, grad, old, new = hessian[own][:, own], gradient[own], w_hat[own], w_hat[own].clone()
+        h, grad, old, kept = hessian[own][:, own], gradient[own], w_hat[own], keep[own]
+        new, chosen = torch.empty_like(old), []
         p = {name: v.t().contiguous() for name, v in grid.columns(params, own).items()}
         for i in range(len(own)):
-            best = (old[i] - grad[i] / h[i, i]) * keep[own[i]]
+            best = (old[i] - grad[i] / h[i, i]) * kept[i]
             column = {name: v[i][:, None] for name, v in p.items()}
-            code = grid.round(best[:, None], column)  # [N, 1]
-            codes[own[i]], new[i] = code[:, 0], grid.decode(code, column)[:, 0]
+            chosen.append(grid.round(best[:, None], column))  # [N, 1]
+            new[i] = grid.decode(chosen[-1], column)[:, 0]
             grad[i + 1 :].addr_(h[i, i + 1 :], new[i] - old[i])
+        codes[own] = torch.cat(chosen, 1).t()
         gradient += hessian[:, own] @ (new - old)
         w_hat[own] = new
     return codes.t().contiguous()

@@ -60,7 +60,9 @@ def asked_for(args: argparse.Namespace) -> tuple[torch.dtype | None, Mode | None
     return FLOAT_MODES[mode.format], None
 
 
-def load(args: argparse.Namespace, random_name: str | None = None):
+def load(
+    args: argparse.Namespace, random_name: str | None = None
+) -> tuple[Transformer, str, Path | None]:
     """The model that the shared flags ask for -> (Transformer, mode name, directory or None).
 
     Of the processes of torchrun each gets its share (tp.py).
@@ -75,7 +77,7 @@ def load(args: argparse.Namespace, random_name: str | None = None):
     if args.threads is not None:  # after the ranks have started, each with a share of the cores
         torch.set_num_threads(args.threads)
     if args.device == "cpu" and args.kernels == "auto":
-        native.exact_activations(args.exact_activations or None)
+        native.set_exact_activations(args.exact_activations or native.exact_activations())
     if random_name is not None:
         model, name = load_random(random_name, mode, dtype or torch.bfloat16, ranks, args.device)
         directory = None

@@ -5,6 +5,7 @@ import resource
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from torch import nn
 from engine import Engine
 from errors import UserError
 from kernels import native
+from kernels.linear import QuantizedLinear
+from modes import FLOAT_NAMES
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:
@@ -110,6 +113,17 @@ def step_bytes(engine: Engine, position: float) -> int:
         for b in layer.attention.kv_cache.buffers()
     )
     return weight_bytes(engine.model) - table + int(cache * position / engine.slots)
+
+
+def numerics(model: nn.Module) -> dict:
+    """What the results depend on: how many layers are of each quantized format, {"int4.g64": 120,
+    "int8": 1}, the type of the rest, and whether the CPU kernels round activations."""
+    settings = [m.settings() for m in model.modules() if isinstance(m, QuantizedLinear)]
+    names = [s["format"] + (f".g{s['groupsize']}" if s.get("groupsize") else "") for s in settings]
+    return {
+        "layers": dict(Counter(names)), "exact_activations": native.exact_activations(),
+        "precision": FLOAT_NAMES[model.tok_embeddings.weight.dtype],
+    }  # fmt: skip
 
 
 def weight_bytes(model: nn.Module) -> int:

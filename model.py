@@ -153,7 +153,7 @@ class KVCache(nn.Module):
         for name in ("k", "v"):
             zeros = torch.zeros(shape, dtype=dtype, device=device)
             self.register_buffer(name, zeros, persistent=False)
-        self.register_buffer("arrived", split_counters(device), persistent=False)
+        self.register_buffer("arrived", split_counters(self.k.device), persistent=False)
 
     def update(self, k: Tensor, v: Tensor, position: Tensor) -> None:
         """Write k, v [B, T, H_kv, D] into the slots `position` [B, T]."""
@@ -300,12 +300,11 @@ class Transformer(nn.Module):
         self.output = Linear(config.dim, config.vocab_size, bias=False)
         if config.tied_head:
             self.output.weight = self.tok_embeddings.weight
-        self.cache_length = 0
         self.register_buffer("plan", None, persistent=False)  # see `fuse`
         self.fused_rows = 0
         self.revision = 0  # counts up where weights may have changed
         self.step_number: int | None = None
-        self._step: object | None = None
+        self._step: object | None = None  # keeps alive what `step_number` stands for
         self.requires_grad_(False)
 
     def setup_cache(self, batch: int, length: int, kind: str = "bf16") -> KVCache:
@@ -323,7 +322,6 @@ class Transformer(nn.Module):
         for layer in self.layers:
             layer.attention.kv_cache = KV_CACHES[kind](*cache)
             native.settle(layer.attention.kv_cache)
-        self.cache_length = length
         self.unfuse()
         angles = torch.outer(torch.arange(length).float(), rope_frequencies(config)).to(device)
         self.register_buffer("rope_cos", angles.cos(), persistent=False)  # [S, D / 2]

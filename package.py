@@ -72,7 +72,7 @@ def circumstances(device: torch.device) -> dict[str, str]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
         f"cpu {torch.backends.cpu.get_cpu_capability()}",
         "kernels": kernels() + (", C++" if native.loaded() else ""),
-        "exact_activations": str(native.exact_activations()), "layout": "3",
+        "exact_activations": str(native.exact_activations()), "layout": "4",
     }  # fmt: skip
 
 

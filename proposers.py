@@ -94,7 +94,7 @@ class Draft:
     def begin(self, prompt: list[int], first: int) -> None:
         """Run the prompt, but for what the cache holds of it."""
         self.engine.cached = self.history[: self.filled]
-        self.engine.prefill([prompt], min(first, self.engine._shared_prefix(prompt)))
+        self.engine.prefill([prompt], min(first, self.engine.shared_prefix(prompt)))
         self.history, self.filled, self.ran = prompt, len(prompt), torch.empty(0)
 
     def propose(self, history: list[int], count: int) -> tuple[Tensor, Tensor | None, int]:

@@ -5,6 +5,7 @@ python quantize.py --list
 """
 
 import argparse
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -29,7 +30,7 @@ from errors import (
     progress,
     write_json,
 )
-from gptq import check_options
+from gptq import check_options as check_gptq
 from kernels.formats import FORMATS
 from measure import peak_memory
 from model import Transformer
@@ -45,6 +46,14 @@ from modes import (
 )
 from sampling import Sampling
 from tokenizer import load_tokenizer
+
+
+def check_options(mode: Mode, options: dict) -> None:
+    """A UserError for an option that the mode's algorithm, or autoquant, does not take."""
+    run = make_plan if mode.format in AUTOQUANT else ALGORITHMS[mode.algorithm].run
+    known = [] if mode.format in FLOAT_MODES else list(inspect.signature(run).parameters)[3:]
+    if unknown := [name for name in options if name not in known]:
+        raise UserError(f"{mode} takes no {unknown[0]}; options: {', '.join(known) or 'none'}")
 
 
 def quantize_(
@@ -71,7 +80,8 @@ def quantize_(
             collect the statistics that calibrated algorithms need, or the calls that autoquant
             chooses for.
         repack: lay the weights out for this device's kernels (such a model no longer saves).
-        options: passed to the algorithm, percdamp=0.05 for example; min_sqnr to autoquant.
+        options: passed to the algorithm, percdamp=0.05 for example; min_sqnr to autoquant. A
+            UserError for one that it does not take.
 
     Returns:
         The model; where it is an nn.Linear itself, what takes its place.
@@ -80,7 +90,8 @@ def quantize_(
         given = {"inputs": inputs, "skip": lambda _: skip(""), "repack": repack, **options}
         return quantize_(nn.Sequential(model), mode, groupsize, **given)[0]
     parsed = parse_mode(mode, groupsize)
-    if parsed.format in FLOAT_MODES:
+    check_options(parsed, options)
+    if parsed.format in FLOAT_MODES:  # `skip` is of layers that are replaced
         return model.to(FLOAT_MODES[parsed.format])
     places, inputs = places_of_linears(model, skip), argument_tuples(inputs)
     linears = {name: model.get_submodule(name) for name in places}
@@ -300,7 +311,7 @@ def make_job(
         how = {"name": "autoquant", "min_sqnr": plan.min_sqnr}
     elif algorithm.calibrated:
         if mode.algorithm == "gptq":
-            check_options(**options)  # before the long part begins
+            check_gptq(**options)  # before the long part begins
         stream, how = calibrate(source, args)
     return CheckpointQuantizer(source, mode, head, output, args.device, stream, options, how, modes)
 

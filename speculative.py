@@ -19,7 +19,8 @@ The rows of the verify step must compute what single steps compute. In fp32 they
 of summation (attention splits its rows differently), so that greedy texts differ only where two
 logits agree to 6 digits. In bf16 and fp16 the layers round to 8 or 11 bits in between, and formats
 that round activations turn the last digit of an input into another code: a near tie may fall
-differently than in a step of one row, as it may between any two batch sizes.
+differently than in a step of one row, as it may between any two batch sizes. (int8dq on a GPU
+rounds from 17 rows on, see int8dq.py: with 16 guesses and more the verify step, alone.)
 
 Batches of one only: rows of a batch would accept different numbers of guesses.
 """
@@ -202,10 +203,10 @@ class SpeculativeEngine(Engine):
             if rows.take(history[-1:]):
                 return None
             begin = time.perf_counter()
-            new = self._advance(history, u[made : made + self.k + 1], steps - made)
+            new, guessed = self._advance(history, u[made : made + self.k + 1], steps - made)
             clock.mark(len(new))
             seconds = time.perf_counter() - begin
-            if self.speculated:
+            if guessed:
                 self.pace.add_round(seconds, len(new))
                 self.counts[len(new) - 1] += 1
             else:
@@ -218,19 +219,19 @@ class SpeculativeEngine(Engine):
         rows.take(history[-1:])
         return None
 
-    def _advance(self, history: list[int], u: Tensor, left: int) -> list[int]:
-        """The next tokens after `history`, at least one and at most `left`; u [k + 1]."""
+    def _advance(self, history: list[int], u: Tensor, left: int) -> tuple[list[int], bool]:
+        """The next tokens after `history`, at least one and at most `left`, and whether any of them
+        was guessed; u [k + 1]."""
         count = 0
         if left > 1 and not self.pace.needs_step():
             guesses, q, count = self.proposer.propose(history, min(self.k, left - 1))
-        self.speculated = count > 0
         newest = torch.tensor([history[-1:]], device=self.device)
         start = torch.tensor([len(history) - 1], device=self.device)
-        if not self.speculated:
-            return self.decode_step(newest, start, u[:1])[0].tolist()
+        if count == 0:
+            return self.decode_step(newest, start, u[:1])[0].tolist(), False
         tokens = torch.cat([newest, guesses[None]], 1)
         kept, *new = self._verify(tokens, start, count, u, q).tolist()
-        return new[: kept + 1]
+        return new[: kept + 1], True
 
     def _verify(
         self, tokens: Tensor, start: Tensor, count: int, u: Tensor, q: Tensor | None

@@ -243,12 +243,10 @@ def load_sharded(
             local.weight = model.tok_embeddings.weight
         if local is not layer:
             model.set_submodule(name, wrap(name, layer, local, sharding, ranks))
+    heads, kv_heads = config.n_heads // ranks.size, config.n_kv_heads // ranks.size
     for layer in model.layers:
-        layer.attention.heads = config.n_heads // ranks.size
-        layer.attention.kv_heads = config.n_kv_heads // ranks.size
-    model.config = replace(
-        config, n_heads=layer.attention.heads, n_kv_heads=layer.attention.kv_heads
-    )
+        layer.attention.heads, layer.attention.kv_heads = heads, kv_heads
+    model.config = replace(config, n_heads=heads, n_kv_heads=kv_heads)  # caches are of these
     repack(model)
     return model.eval()
 

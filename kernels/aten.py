@@ -61,7 +61,7 @@ class TinygemmWeight(nn.Module):
             x.reshape(-1, x.shape[-1]), self.tiles, self.groupsize, self.params
         )
         y = y.view(*x.shape[:-1], -1)
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)
 
 
 @torch.library.custom_op("flatllama::aten_int8", mutates_args=())
@@ -83,4 +83,4 @@ def int8_product(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None)
     """x [..., K] times int8 weight [N, K] and its scales [N], plus the bias: [..., N]."""
     y = torch.ops.flatllama.aten_int8(x.reshape(-1, x.shape[-1]), weight, scales)
     y = y.view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
+    return y if bias is None else y + bias.to(y.dtype)

@@ -84,10 +84,10 @@ def masked_attention(
     return F.scaled_dot_product_attention(q, k, v, seen[:, None], enable_gqa=grouped)
 
 
-def split_counters(device: torch.device | None) -> Tensor | None:
+def split_counters(device: torch.device) -> Tensor | None:
     """Where the Triton kernel counts finished splits, int32 zeros that it leaves as they were; None
     where it does not run."""
-    if not triton_on(torch.device(device or "cpu")):
+    if not triton_on(device):
         return None
     return torch.zeros(1024, dtype=torch.int32, device=device)
 

@@ -10,7 +10,8 @@ One C++ product serves all of them (cpu/coded.cpp). Its tiles hold 16 rows, whos
 planes, so that four columns of all 16 are taken at once: by products of bytes (cpu/planes.cpp; 2:4
 codes cpu/sparse.cpp), by AMX (floats, cpu/amx_few.cpp). Codes of 8 bits lie as they are, four
 columns of a row in a word. Few rows of x stream the codes and widen them in registers; many rows
-widen a panel of the weight at a time. The whole weight is never dequantized.
+widen a panel of the weight at a time. The whole weight is never dequantized. Products of bytes take
+a bf16 or fp16 x rounded to 16 bits in blocks (`exact_activations` in native.py).
 """
 
 import torch

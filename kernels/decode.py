@@ -76,9 +76,9 @@ def make_step(model: nn.Module) -> tuple[int, object] | None:
     if not triton_on(model.norm.weight.device):
         return None
     load_triton()
-    from kernels.cuda.step import make_step
+    from kernels.cuda import step
 
-    return make_step(model)
+    return step.make_step(model)
 
 
 def decode_step(

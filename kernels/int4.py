@@ -6,7 +6,8 @@
 s and z are bf16, one pair per row and group of 32, 64, 128 or 256 columns. Where the group size
 does not divide K the last group is shorter; nothing is padded.
 Source: the int4 scheme of PyTorch's tinygemm kernels (`_weight_int4pack_mm`), used by gpt-fast and
-torchao. Stored as ceil(K / 2) bytes a row, the even column in the low nibble.
+torchao. Stored as ceil(K / 2) bytes a row, the even column in the low nibble. The C++ product also
+rounds x, to int8 in blocks of at most 64 columns (`exact_activations` in native.py).
 """
 
 import torch

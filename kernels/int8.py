@@ -3,7 +3,8 @@
     s = max|w| / 127.5      q = clamp(round(w / s), -128, 127)      w_hat = q * s
 
 Source: the int8 weight-only scheme of torchao and gpt-fast; s is in the model's dtype. The product
-is sum_k x_k q_k, then one multiplication by s per output, so it needs no dequantized weight.
+is sum_k x_k q_k, then one multiplication by s per output, so it needs no dequantized weight. The
+C++ product takes a bf16 or fp16 x rounded to 16 bits in blocks (`exact_activations` in native.py).
 """
 
 import torch
@@ -83,4 +84,4 @@ class Int8Linear(QuantizedLinear):
         if aten_on(x.device):
             return aten.int8_product(x, self.weight, self.scales, self.bias)
         y = torch.nn.functional.linear(x, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(x.dtype)

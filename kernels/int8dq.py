@@ -7,6 +7,7 @@
 Source: the int8 dynamic scheme of torchao. On the CPU every number of rows is quantized, one row
 too. The Triton kernel multiplies up to MATVEC_ROWS rows as they are: what takes its time is reading
 the weight, which is the same, and to quantize x would be a kernel more in front of each product.
+So there a prompt, or a batch of 17, is rounded, and the steps of up to 16 sequences are not.
 """
 
 import torch

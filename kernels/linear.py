@@ -253,6 +253,8 @@ class QuantizedLinear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight [N, K] in fp32: the truth that every kernel is tested against."""
+        if self.repacked:
+            raise RuntimeError("a repacked layer has no such weight: quantize_ with repack=False")
         weight = self.stored_weight()
         return weight if self.input_scale is None else weight * self.input_scale.float()
 
@@ -277,7 +279,7 @@ class QuantizedLinear(nn.Module):
         return self.packed is not None
 
     def quantizes(self, x: Tensor) -> bool:
-        """Whether the product quantizes its inputs x [..., K]."""
+        """Whether the product that serves the device quantizes its inputs x [..., K]."""
         few = triton_on(x.device) and x.numel() <= MATVEC_ROWS * self.in_features
         return self.quantize_input is not None and (self.rounds_few_rows or not few)
 

@@ -69,8 +69,8 @@ def serves(x: Tensor) -> bool:
     return bool(_loaded) and x.device.type == "cpu" and kernels() == "auto"
 
 
-def exact_activations(flag: bool | None = None) -> bool:
-    """Whether weight-only products use activations as they are; `flag` sets it.
+def exact_activations() -> bool:
+    """Whether weight-only products use activations as they are.
 
     By default these round x in blocks of at most 64 columns (the largest divisor of the group size
     up to 64), each with a scale of its own:
@@ -89,10 +89,13 @@ def exact_activations(flag: bool | None = None) -> bool:
     128; (c) 16, in that operator 31; (d) 16. (e) In that operator with AVX-512 128. (f) From BF16
     on with bf16: 2.
     """
-    global _exact
-    if flag is not None:
-        _exact = flag
     return _exact
+
+
+def set_exact_activations(flag: bool) -> None:
+    """For models that are fused from now on (`Transformer.fuse`); one that is keeps what it has."""
+    global _exact
+    _exact = flag
 
 
 def load() -> bool:

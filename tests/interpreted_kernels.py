@@ -415,6 +415,48 @@ def test_attention(case, dtype):
     assert y.dtype == dtype and (y - want).norm() < TOLERANCE[dtype] * want.norm()
 
 
+MANY_SPLITS = [  # as above, on a card of 132 multiprocessors, and splits that hold a block
+    (1, 2, 1, 1, 1300, 16, [1290], 16), (2, 24, 1, 1, 1300, 24, [0, 1200], 16),
+    (1, 36, 2, 3, 900, 80, [800], 8), (2, 8, 2, 20, 700, 16, [3, 600], 8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MANY_SPLITS, ids=str)
+def test_attention_of_many_splits(case, monkeypatch, dtype=BF16):
+    """Joined in several turns, of several tiles, some of which lack most of their splits."""
+    from kernels.cuda import attention as module
+    from kernels.cuda.launch import Card
+
+    b, h, hkv, t, s, d, start, splits = case
+    launched, launch = [], module.attention_launch
+    monkeypatch.setattr(module, "card", lambda device: Card(132, 227 * 1024))
+    monkeypatch.setattr(
+        module, "attention_launch", lambda *a: launched.append(launch(*a)) or launched[-1]
+    )
+    q, start = 4 * torch.randn(b, h, t, d).to(dtype), torch.tensor(start)
+    k, v = (torch.randn(b, hkv, s, d).to(dtype) for _ in range(2))
+    want = attention_reference(q.float(), k.float(), v.float(), start)
+    few = torch.zeros(b * hkv - 1, dtype=torch.int32)
+    for arrived, expected in ((split_counters(q.device), splits), (few, 1)):
+        y = attention(q, k, v, start, arrived=arrived)
+        assert launched[-1].constants["SPLITS"] == expected and not arrived.any()
+        assert (y - want).norm() < TOLERANCE[dtype] * want.norm()
+
+
+@pytest.mark.parametrize("kind", KV_CACHES)
+def test_a_cache_has_its_attention_split(kind, monkeypatch):
+    from kernels.cuda import attention as module
+
+    launched, launch = [], module.attention_launch
+    monkeypatch.setattr(
+        module, "attention_launch", lambda *a: launched.append(launch(*a)) or launched[-1]
+    )
+    cache = KV_CACHES[kind](1, 2, 300, 16, FP32)
+    cache.update(*torch.randn(2, 1, 290, 2, 16), torch.arange(290)[None])
+    cache.attend(torch.randn(1, 4, 1, 16), torch.tensor([289]))
+    assert launched[-1].constants["SPLITS"] > 1
+
+
 @pytest.mark.parametrize("case", ATTENTION[::2], ids=str)
 def test_attention_int8_cache(case):
     b, h, hkv, t, s, d, start = case

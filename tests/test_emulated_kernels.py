@@ -59,6 +59,11 @@ def test_attention(case, gpu):
     cases.test_attention_int8_cache(case)
 
 
+def test_attention_of_many_splits(gpu, monkeypatch):
+    for case in (cases.MANY_SPLITS[1], cases.MANY_SPLITS[3]):
+        cases.test_attention_of_many_splits(case, monkeypatch)
+
+
 @pytest.mark.parametrize("name", ["int8dq", "w4a8"])
 def test_whole_step(name, gpu):
     cases.test_whole_step(name, "int8" if gpu == 80 else "bf16")

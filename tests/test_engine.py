@@ -104,7 +104,7 @@ def test_cache_is_reused_between_turns(tmp_path):
     first = random_prompt(100)
     reply = engine.generate([first], 30).token_ids[0]
     second = [*first, *reply, *random_prompt(20, 1)]
-    assert engine._shared_prefix(second) >= 129
+    assert engine.shared_prefix(second) >= 129
     chunks = []
     engine.prefill_step = lambda *a: chunks.append(a[0].shape[1]) or engine._prefill_step(*a)
     again = engine.generate([second], 30).token_ids
@@ -173,4 +173,6 @@ def test_requests_that_do_not_fit_are_refused(tmp_path):
         engine.generate([[]], 5)
     with pytest.raises(UserError, match="context is 1024"):
         Engine(model, GREEDY, length=1025)
+    with pytest.raises(ValueError, match="compile_mode"):
+        Engine(model, GREEDY, length=64, compile_prefill=True)
     assert engine.generate([[1] * 60], 4).token_ids[0]

@@ -41,9 +41,9 @@ def random_weight(n, k, seed=0):
 @pytest.fixture
 def exact():
     before = native.exact_activations()
-    native.exact_activations(True)
+    native.set_exact_activations(True)
     yield
-    native.exact_activations(before)
+    native.set_exact_activations(before)
 
 
 def settings_of(name):
@@ -533,7 +533,7 @@ def test_w4a8_groups_are_integers_of_int8():
 def test_atens_int8_product(dtype):
     """As --kernels aten takes it, though on the CPU; and that torch.compile knows its result."""
     module, *_ = quantized("int8", random_weight(48, 64), dtype=dtype)
-    x, bias = torch.randn(2, 3, 64).to(dtype), torch.randn(48).to(dtype)
+    x, bias = torch.randn(2, 3, 64).to(dtype), torch.randn(48)  # the product has x's type
     y = aten.int8_product(x, module.weight, module.scales, bias)
     want = x.double() @ module.dequantize().double().t() + bias.double()
     assert y.dtype == dtype

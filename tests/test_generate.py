@@ -22,8 +22,9 @@ KEYS = {
     "model", "mode", "package", "device", "threads", "compile", "compile_mode", "compiled",
     "batch_size", "cuda_graphs_skipped",
     "prompt_tokens", "new_tokens", "compile_s", "time_to_first_token_s", "decode_tokens_per_s",
-    "kernels", "step_s", "weight_bytes", "bytes_per_token", "bandwidth_bytes_per_s",
-    "read_bandwidth_bytes_per_s", "peak_memory_bytes", "recompiles", "texts", "token_ids",
+    "kernels", "layers", "precision", "exact_activations", "step_s", "weight_bytes",
+    "bytes_per_token", "bandwidth_bytes_per_s", "read_bandwidth_bytes_per_s",
+    "peak_memory_bytes", "recompiles", "texts", "token_ids",
 }  # fmt: skip
 
 
@@ -86,7 +87,8 @@ def test_random_weights_and_quantization_on_load(run, tiny, tmp_path):
         code, _, err = run(*model, "--prompt", 4, "--quantization", "int4", "--groupsize", 32,
                            "--max_new_tokens", 5, "--json", tmp_path / "g.json")  # fmt: skip
         assert code == 0, err
-        assert json.loads((tmp_path / "g.json").read_text())["mode"] == "int4"
+        figures = json.loads((tmp_path / "g.json").read_text())
+        assert figures["mode"] == "int4" and figures["layers"] == {"int4.g32": 8, "int8": 1}
 
 
 def test_chat_keeps_the_conversation(run, default_model, monkeypatch):
@@ -96,7 +98,7 @@ def test_chat_keeps_the_conversation(run, default_model, monkeypatch):
 
     def spy(self, batch, *args):
         if len(batch[0]) > 1:  # not the warm-up
-            prompts.append((self._shared_prefix(batch[0]), list(batch[0])))
+            prompts.append((self.shared_prefix(batch[0]), list(batch[0])))
         return original(self, batch, *args)
 
     monkeypatch.setattr("generate.Engine.generate", spy)

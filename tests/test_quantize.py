@@ -365,6 +365,8 @@ def test_state_dicts_of_ones_own_modules(mode):
             other.state_dict()
         with pytest.raises(RuntimeError, match="repack=False"):
             other.load_state_dict(state)
+        with pytest.raises(RuntimeError, match="repack=False"):
+            other[0].dequantize()
     assert (other(x) - want).norm() / want.norm() < 0.02
 
 
@@ -393,6 +395,10 @@ def test_nothing_to_quantize_and_inputs_that_are_no_tuples():
     for inputs in (x, [x]):
         with pytest.raises(UserError, match="argument tuples"):
             quantize_(net, "int4-gptq", inputs=inputs)
+    for mode, known in (("int4", "none"), ("fp32", "none"), ("int8dq-smooth", "alpha"),
+                        ("autoquant", "min_sqnr")):  # fmt: skip
+        with pytest.raises(UserError, match=f"{mode} takes no percdamp; options: {known}"):
+            quantize_(net, mode, inputs=[(x,)], percdamp=0.1)
     quantize_(net, "int4")
     for model in (net, nn.ReLU()):
         with pytest.raises(UserError, match="has no"):

@@ -122,7 +122,7 @@ def test_cache_is_reused_between_turns(models, draft):
     engine = always(SpeculativeEngine(model, GREEDY, 5, models.get(draft), length=512))
     reply = engine.generate([REPEATING], 50).token_ids[0]
     second = [*REPEATING, *reply, 4, 8, 15]
-    assert engine._shared_prefix(second) >= len(REPEATING) + 49
+    assert engine.shared_prefix(second) >= len(REPEATING) + 49
     expected = Engine(models["same"], GREEDY, length=512).generate([second], 50).token_ids
     result = engine.generate([second], 50)
     assert result.token_ids == expected

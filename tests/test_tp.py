@@ -51,9 +51,9 @@ def save_mode(source: Path, mode: str, output: Path, groupsize: int | None) -> P
 def exact():
     native.load()
     before = native.exact_activations()
-    native.exact_activations(True)
+    native.set_exact_activations(True)
     yield
-    native.exact_activations(before)
+    native.set_exact_activations(before)
 
 
 def torchrun(count: int, *command) -> subprocess.CompletedProcess:

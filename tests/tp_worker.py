@@ -23,7 +23,7 @@ GREEDY = Sampling(temperature=0)
 
 def main() -> None:
     native.load()
-    native.exact_activations(True)
+    native.set_exact_activations(True)
     ranks = tp.start("cpu")
     results = []
     for case in json.loads(Path(sys.argv[1]).read_text()):

@@ -29,6 +29,7 @@ from kernels.cuda.common import dot, operand, round_even, wait_for_others
 from kernels.cuda.launch import Card, Launch, card
 
 MAX_SPLITS = 64
+JOINED = 512  # rows of all splits that one program joins, at most
 PROGRAMS = 2  # wanted on each multiprocessor
 
 
@@ -212,7 +213,7 @@ def attend(
             return
         acc = join_splits(
             sums, maxima, totals, place * SPLITS * R, used, d, D, r_ok, R, BLOCK_D,
-            min(SPLITS, 128 // R),
+            max(1, min(SPLITS, 16384 // (R * BLOCK_D))),
         )  # fmt: skip
         tl.store(arrived + place, 0)
     else:
@@ -236,13 +237,14 @@ def attention_launch(
     r = 16 if rows <= 16 else 32 if rows <= 32 else 64
     block_s = 32 if q.dtype == torch.float32 else 64
     tiles, pairs = -(-rows // r), batch * kv_heads
-    wanted = max(
-        1, min(on.processors * PROGRAMS // (pairs * tiles), -(-slots // block_s), MAX_SPLITS)
-    )
-    splits = triton.next_power_of_2(wanted + 1) // 2  # the power of two below
-    sums, maxima, totals = None, None, None
+    wanted = min(
+        on.processors * PROGRAMS // (pairs * tiles), -(-slots // block_s), MAX_SPLITS,
+        JOINED // min(r, rows),
+    )  # fmt: skip
+    splits = triton.next_power_of_2(max(1, wanted) + 1) // 2  # the power of two below
     if arrived is None or arrived.numel() < pairs * tiles:
         splits = 1
+    sums, maxima, totals = None, None, None
     if splits > 1:
         sums = torch.empty((pairs, tiles, splits, r, d), device=q.device)
         maxima, totals = (torch.empty(sums.shape[:-1], device=q.device) for _ in range(2))

@@ -22,7 +22,7 @@ class Launch:
     Attributes:
         arguments: run-time arguments: tensors, integers and floats; None where there is none.
         constants: the tl.constexpr arguments, but for PDL, which `--kernels` decides.
-        options: num_warps, num_stages.
+        options: num_warps, num_stages, maxnreg.
     """
 
     kernel: object

@@ -13,7 +13,7 @@ that another kernel could have made on its way.
 An RMSNorm is two factors. The kernel that makes x also leaves x times the norm's weight, and sums
 of squares; the product's result is over the rms of those. The arithmetic is that of the modules,
 rounded less often. A kernel more runs in front of a product, and does the norm too, where a format
-quantizes its inputs, where wo has an input scale, and in fp16:
+quantizes the inputs of few rows, where wo has an input scale, and in fp16:
 
     ready      RMSNorm, input scale, dynamic quantization; see inputs.py
 """
@@ -245,6 +245,8 @@ def triton_decode(
 ) -> Tensor:  # fmt: skip
     """Logits as of `Transformer.forward`, from the step of that number; its caches are written.
 
+    It is declared to write nothing, since torch leaves graphs that write to their inputs out of
+    CUDA graphs. A graph holds one call, and uses its result: there is nothing to merge or to drop.
     Their number and dtype are arguments so that compiled code, which torch keeps on disk under what
     it sees of a graph, is not taken for another model, which another process gives the same number.
     """
