@@ -104,7 +104,7 @@ def perplexity(
         own = score_window(scorer, window, other)
         losses.append(own[0].item() / (seq_length - 1))
         sums += own
-        so_far = (sums[0] / ((i + 1) * (seq_length - 1))).exp().item()
+        so_far = exp(sums[0].item() / ((i + 1) * (seq_length - 1)))
         report(f"window {i + 1} of {len(cut)}: perplexity {so_far:.4f}")
     tokens = len(cut) * (seq_length - 1)
     loss, reference_loss, kl, agreed = (sums / tokens).tolist()
@@ -113,13 +113,18 @@ def perplexity(
     score = Score(
         f"token perplexity over non-overlapping {seq_length}-token windows, each from position 0, "
         "no BOS, all but a window's first token scored, the last partial window dropped",
-        torch.tensor(loss, dtype=torch.float64).exp().item(),
+        exp(loss),
         tokens, seq_length, time.perf_counter() - begin, rows, losses,
     )  # fmt: skip
     if reference is not None:
-        ratio = torch.tensor(loss - reference_loss, dtype=torch.float64).exp().item()
-        score.kl_mean, score.top1_agreement, score.perplexity_ratio = kl, agreed, ratio
+        score.kl_mean, score.top1_agreement = kl, agreed
+        score.perplexity_ratio = exp(loss - reference_loss)
     return score
+
+
+def exp(x: float) -> float:
+    """e^x, infinite where math.exp raises."""
+    return torch.tensor(x, dtype=torch.float64).exp().item()
 
 
 def score_window(scorer: Scorer, window: Tensor, reference: Scorer | None = None) -> Tensor:

@@ -400,6 +400,8 @@ class Transformer(nn.Module):
         if self.step_number is not None and tokens.numel() <= MOST_ROWS:
             table = self.tok_embeddings.weight
             return decode_step(self.step_number, table, tokens, start, last)
+        if self.layers[0].attention.kv_cache is None:
+            raise ValueError("a Transformer needs a cache: call setup_cache(batch, length) first")
         position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # [B, T]
         cos, sin = self.rope(position)
         x = self.tok_embeddings(tokens)  # [B, T, C]

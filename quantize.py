@@ -170,14 +170,21 @@ def default_output(source: ckpt.Checkpoint, mode: Mode) -> Path:
 CALIBRATION = {  # flags and their defaults
     "calibration": "bundled", "calibration_samples": 24, "calibration_seq_length": 1024, "seed": 0,
 }  # fmt: skip
-GPTQ = {"percdamp": 0.25, "clip_steps": 20, "act_order": True, "refinements": 2}
+GPTQ = {
+    name: inspect.signature(ALGORITHMS["gptq"].run).parameters[name].default
+    for name in ALGORITHMS["gptq"].options
+}
 CHOICE = {"min_sqnr": None, "plan": None, "seed": 0}  # autoquant's
 
 
 def parse_args() -> argparse.Namespace:
     """The command line; None where a flag of CALIBRATION, GPTQ or CHOICE is not given."""
     parser = Parser(description="Write a quantized checkpoint.")
-    add = parser.add_argument
+    defaults = {**CALIBRATION, **GPTQ}
+
+    def add(flag: str, help: str, **rest) -> None:
+        parser.add_argument(flag, help=help.format_map(defaults), **rest)
+
     add("--mode", default="int8", help="<format>[-<algorithm>]; --list shows them; default: int8")
     add("--groupsize", type=int, help="columns that share a scale; default: the format's")
     add("--lm_head", choices=["same", "int8", "keep"],
@@ -185,16 +192,17 @@ def parse_args() -> argparse.Namespace:
     add("--checkpoint_path", type=Path, help="a Hugging Face directory; default: the default model")
     add("--output", type=Path, help="file to write; default: model_<mode>... beside the source")
     add("--device", help="default: cpu; of autoquant a GPU, if there is one")
-    add("--calibration", help="bundled, self, or a text file; default: bundled")
-    add("--calibration_samples", type=int, help="default: 24")
-    add("--calibration_seq_length", type=int, help="tokens of a sample; default: 1024")
-    add("--percdamp", type=float, help="GPTQ damping, of each diagonal entry; default: 0.25")
+    add("--calibration", help="bundled, self, or a text file; default: {calibration}")
+    add("--calibration_samples", type=int, help="default: {calibration_samples}")
+    add("--calibration_seq_length", type=int,
+        help="tokens of a sample; default: {calibration_seq_length}")  # fmt: skip
+    add("--percdamp", type=float, help="GPTQ damping, of each diagonal entry; default: {percdamp}")
     add("--clip_steps", type=int,
-        help="GPTQ: ranges its clip search tries; 1: none; default: 20")  # fmt: skip
+        help="GPTQ: ranges its clip search tries; 1: none; default: {clip_steps}")  # fmt: skip
     add("--act_order", action=argparse.BooleanOptionalAction,
-        help="GPTQ: columns of large inputs first; default: yes")  # fmt: skip
+        help="GPTQ: columns of large inputs first; default: {act_order}")  # fmt: skip
     add("--refinements", type=int,
-        help="GPTQ: rounds that improve codes, and int4's scales; default: 2")  # fmt: skip
+        help="GPTQ: rounds of refined codes and scales; default: {refinements}")  # fmt: skip
     add("--alpha", type=float, help="SmoothQuant's, 0 to 1; default: searched for each layer")
     add("--min_sqnr", type=float, help="autoquant: signal-to-noise ratio that a layer keeps, in dB")
     add("--plan", type=Path, help="autoquant: JSON of timings and choices, reused if it exists")

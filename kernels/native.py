@@ -170,6 +170,7 @@ def _jobs(compiler: str, folder: Path) -> list[tuple[list[str], Path]]:
             texts = b"".join(path.read_bytes() for path in sorted(_with_headers(source)))
             digest = hashlib.sha256(key + texts).hexdigest()[:16]
             jobs.append((command, folder / f"{source.stem}.{digest}.o"))
+    # those with torch's headers first: they take longest
     return sorted(jobs, key=lambda job: not job[1].name.split(".")[0].endswith("_ops"))
 
 

@@ -6,7 +6,7 @@ import transformers
 from tiny import save_tiny
 
 from checkpoint import load_model, open_checkpoint
-from model import CONFIGS, Int8KVCache, ModelConfig, rope_frequencies
+from model import CONFIGS, Int8KVCache, ModelConfig, Transformer, rope_frequencies
 
 ZERO = torch.zeros(1, dtype=torch.int64)
 LLAMA3_ROPE = {
@@ -88,6 +88,11 @@ def test_chunks_and_rows_of_different_lengths(tmp_path):
 
 
 @torch.inference_mode()
+def test_a_model_without_a_cache_says_so():
+    with pytest.raises(ValueError, match="setup_cache"):
+        Transformer(CONFIGS["tiny"])(torch.tensor([[1]]), torch.tensor([0]))
+
+
 def test_int8_cache(tmp_path):
     """Each stored key is within half a step of the true one, and the logits stay close."""
     model = load_model(open_checkpoint(save_tiny(tmp_path)[0]))
