@@ -33,6 +33,10 @@ def choose_kernels(name: str, device: str) -> None:
         except ValueError as error:
             raise UserError(str(error)) from None
     if triton_on(torch.device(device)):
+        if device != "cpu" and torch.cuda.get_device_capability(device) < (8, 0):
+            raise UserError(
+                "the Triton kernels need compute capability 8.0: take --kernels inductor"
+            )
         try:
             load_triton()
         except RuntimeError as error:

@@ -6,6 +6,12 @@
     float8 e4m3            s = max|x| / 448, of a token or of the whole tensor
 
 All in fp32, whatever the dtype of x. Sources: the int8 and float8 dynamic schemes of torchao.
+
+On the CPU every number of rows is quantized, one row too. Of the formats that quantize x the Triton
+kernels leave up to MATVEC_ROWS rows as they are (`rounds_few_rows`), but for w4a8, whose product is
+of integers. The time of such a product is that of reading the weight, which is the same, and to
+quantize x would be a kernel more in front of each: slower, and less exact. So there a prompt, or a
+batch of 17, is rounded, and the steps of up to 16 sequences are not.
 """
 
 import torch

@@ -79,6 +79,7 @@ class Float8DynamicRowLinear(Float8Linear):
     name = "float8dq-row"
     per_token = True
     activations = FLOAT8_TOKEN
+    rounds_few_rows = False
 
     def __init__(self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None):
         super().__init__(in_features, out_features, bias, dtype, device)

@@ -4,10 +4,7 @@
     x per token: s_x = max(max|x| / 127, 1e-5), q_x = round(x / s_x)
     y = (sum_k q_x q_w) s_x s_w + b        the sum in int32, exact
 
-Source: the int8 dynamic scheme of torchao. On the CPU every number of rows is quantized, one row
-too. The Triton kernel multiplies up to MATVEC_ROWS rows as they are: what takes its time is reading
-the weight, which is the same, and to quantize x would be a kernel more in front of each product.
-So there a prompt, or a batch of 17, is rounded, and the steps of up to 16 sequences are not.
+Source: the int8 dynamic scheme of torchao. Few rows on a GPU: see activations.py.
 """
 
 import torch

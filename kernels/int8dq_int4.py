@@ -51,6 +51,7 @@ class GroupedDynamicLinear(CodedLinear):
     triton_kind = "integer"
     activations = ASYMMETRIC
     quantize_input = staticmethod(int8_asymmetric)
+    rounds_few_rows = False
 
     def grid(self) -> SymmetricGrid:
         return SymmetricGrid(self.bits, self.groupsize)

@@ -35,7 +35,9 @@ from kernels.cuda.launch import Card, Launch
 
 N = K = 4096
 PROCESSORS = 132  # of an H100 or H200
-SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a program
+SHARED = {  # bytes a program, by compute capability
+    80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024,
+}  # fmt: skip
 BYTES_A_CYCLE = 4.3e12 / (PROCESSORS * 1.755e9)  # that a multiprocessor reads at the memory's limit
 # opcodes that the integer units run; the others here are floats, loads or uniform
 INTEGER = {
@@ -138,11 +140,9 @@ def step_launches(capability: int) -> Iterator[tuple[str, int, Launch]]:
         for tokens in (1, 16):
             launch = attention_launch(tokens, dtype, fresh=True)
             yield f"attention of a step, {cache} cache", tokens, launch
-    for way, dtype in (("symmetric", torch.int8), ("asymmetric", torch.bfloat16),
-                       ("float8", torch.bfloat16)):  # fmt: skip
-        out, scale = empty(1, K, dtype=dtype), empty(1, dtype=torch.float32)
-        launch = ready_launch(x, norm, squares, None, 1e-5, out, scale, way)
-        yield f"inputs made ready, {way}", 1, launch
+    out, scale = empty(1, K, dtype=torch.int8), empty(1, dtype=torch.float32)
+    launch = ready_launch(x, norm, squares, None, 1e-5, out, scale, "symmetric")
+    yield "norm, inputs quantized, symmetric", 1, launch
     for name in ("bf16", "int8", "int4 g64"):
         for rows in (1, 16):
             squares = empty(rows, 64, dtype=torch.float32)
@@ -161,6 +161,11 @@ def between_launches() -> Iterator[tuple[str, int, Launch]]:
     angles, position = empty(128, 64, dtype=torch.float32), empty(128, dtype=torch.int64)
     x, out = empty(128, N), empty(128, N)
     yield "norm", 128, ready_launch(x, empty(N), None, None, 1e-5, out, None, "none")
+    for way, dtype in (("symmetric", torch.int8), ("asymmetric", torch.bfloat16),
+                       ("float8", torch.bfloat16)):  # fmt: skip
+        ready, scale = empty(128, N, dtype=dtype), empty(128, dtype=torch.float32)
+        launch = ready_launch(x, None, None, None, 0.0, ready, scale, way)
+        yield f"inputs quantized, {way}", 128, launch
     yield "rotary embedding", 128, rotate_launch(q, angles, angles, out)
     for dtype, kind in ((torch.bfloat16, "bf16"), (torch.int8, "int8")):
         cache = empty(1, 8, 4096, 128, dtype=dtype)

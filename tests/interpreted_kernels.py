@@ -90,7 +90,7 @@ def test_other_formats(name):
     check(name, 100, 18, 3, FP16)
 
 
-@pytest.mark.parametrize("name", ["int8dq", "int8dq-int4", "float8dq-row"])
+@pytest.mark.parametrize("name", ["int8dq", "int8dq-int4", "float8dq-row", "w4a8"])
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
 def test_inputs_are_quantized_as_torch_does_it(name, dtype):
     module, *_ = quantized(name, random_weight(5, 203), None, dtype)
@@ -99,9 +99,9 @@ def test_inputs_are_quantized_as_torch_does_it(name, dtype):
     want, want_scale = module.quantize_input(x)
     q, scale = module.quantized_input(x)
     assert torch.equal(q.float(), want.float()) and torch.equal(scale, want_scale)
-    assert q.dtype == (torch.int8 if name == "int8dq" else BF16)
-    _, scale = module.quantized_input(x[:4])  # 12 rows: see int8dq.py
-    assert (scale is None) == (name == "int8dq")
+    assert q.dtype == (torch.int8 if name in ("int8dq", "w4a8") else BF16)
+    _, scale = module.quantized_input(x[:4])  # 12 rows: see activations.py
+    assert (scale is None) == (name != "w4a8")
 
 
 def test_many_rows_of_float8_go_to_the_float8_units(monkeypatch):
@@ -294,7 +294,7 @@ def steps(model, cache, fused):
     ("name", "cache"),
     [("float", "bf16"), ("int8", "int8"), ("int4", "bf16"), ("fp6", "int8"), ("codebook4", "bf16"),
      ("int8dq", "bf16"), ("int8dq-int4", "int8"), ("float8dq-row", "bf16"),
-     ("int4-sparse24", "bf16"), ("w4a8", "bf16")],
+     ("float8dq-tensor", "bf16"), ("int4-sparse24", "bf16"), ("w4a8", "bf16")],
 )  # fmt: skip
 def test_whole_step(name, cache):
     """A step as one operator against the modules one by one."""
@@ -383,9 +383,9 @@ def test_a_new_cache_lets_the_old_one_go():
     assert old() is None and model.step_number is None
 
 
-def test_no_step_where_rows_share_a_scale():
-    model = random_model(FP32)
-    replace_linears(model, "float8dq-tensor")
+def test_no_step_where_fp16_cannot_hold_the_codes():
+    model = random_model(FP16)
+    replace_linears(model, "fpx-5-2")
     model.setup_cache(1, 8)
     model.fuse()
     assert model.step_number is None

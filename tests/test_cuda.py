@@ -24,7 +24,7 @@ COMPILED = [  # what inspect_kernels.py's `cases` calls them, rows of x
     *((name, 16) for name in ("int8", "int4 g64", "w4a8 g128")),
     ("bf16", 128), ("int8dq", 128), ("uint3 g64", 128),
     ("int4 g64", 1024), ("embedding", 1), ("attention of a step, int8 cache", 1),
-    ("inputs made ready, symmetric", 1), ("inputs made ready, float8", 1),
+    ("norm, inputs quantized, symmetric", 1), ("inputs quantized, float8", 128),
     ("bf16, normed and gated", 1), ("int4 g64, normed and gated", 1), ("int4 g64, residual", 16),
     ("attention, bf16 cache", 1), ("attention, int8 cache", 512),
     *((name, 128) for name in ("norm", "rotary embedding", "into the cache, bf16",
@@ -69,6 +69,24 @@ def test_machine_code(name, rows, capability):
     if launch.kernel.__name__ == "matmul" and rows <= 16 and launch.constants["KIND"] != "table":
         assert not any(op.startswith("LDG.") for op in found["loop"])  # everything is loaded ahead
     assert bool(found["tensor"]) == (launch.kernel.__name__ in ("matmul", "attend"))
+
+
+@pytest.mark.parametrize("capability", [89, 100, 120])
+def test_other_gpus_take_the_kernels(capability):
+    """Compiled, and with no more shared memory than these have."""
+    pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
+    from scripts import inspect_kernels
+
+    choice.load_triton()
+    wanted = {("int4 g64", 1), ("int8", 16), ("float8", 1), ("uint7 g64", 128), ("int4 g64", 128),
+              ("w4a8 g128", 128), ("bf16", 128), ("attention of a step, bf16 cache", 16),
+              ("attention, bf16 cache", 512), ("norm", 128)}  # fmt: skip
+    for what, rows, launch in inspect_kernels.cases(capability):
+        if (what, rows) in wanted:
+            wanted.remove((what, rows))
+            compiled = launch.compile(capability)
+            assert compiled.metadata.shared <= inspect_kernels.SHARED[capability], what
+    assert not wanted
 
 
 @pytest.mark.parametrize(
@@ -135,6 +153,16 @@ def test_splits_are_counted_once_they_are_stored():
         (count,) = (i for i, op in enumerate(found) if op.startswith("atom."))
         assert found[count].startswith("atom.global.gpu.acq_rel.add")
         assert found[count - 1] == found[count + 1] == "bar.sync"
+
+
+def test_old_gpus_are_refused(setting, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    for name in ("auto", "triton"):
+        with pytest.raises(UserError, match=r"capability 8\.0: take --kernels inductor"):
+            choose_kernels(name, "cuda")
+    choose_kernels("inductor", "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    choose_kernels("triton", "cuda")
 
 
 def test_choice(setting):

@@ -80,8 +80,7 @@ class FusedLinear:
     ):
         """`weighted`: the kernel in front can leave its result times `factor`."""
         self.bias, self.norm, self.eps = layer.bias, norm, eps
-        self.input_scale = getattr(layer, "input_scale", None)
-        self.way = way_of(layer) if getattr(layer, "rounds_few_rows", True) else "none"
+        self.input_scale, self.way = getattr(layer, "input_scale", None), way_of_few(layer)
         packed = getattr(layer, "packed", None)
         if packed is None:
             self.n, self.k = layer.weight.shape
@@ -141,6 +140,11 @@ class FusedLinear:
         return out, x_scale
 
 
+def way_of_few(layer: nn.Module) -> str | None:
+    """`way_of` of few rows."""
+    return way_of(layer) if getattr(layer, "rounds_few_rows", True) else "none"
+
+
 def serves(model: nn.Module) -> bool:
     """Whether every product of the model is of a float weight, or a packed one, in a known way."""
     dtype = model.tok_embeddings.weight.dtype
@@ -150,7 +154,7 @@ def serves(model: nn.Module) -> bool:
         layers += [attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2]
     for layer in layers:
         if isinstance(layer, QuantizedLinear):
-            if layer.packed is None or way_of(layer) is None:
+            if layer.packed is None or way_of_few(layer) is None:
                 return False
             if layer.packed.exponent == 5 and dtype == torch.float16:  # passes its largest number
                 return False
