@@ -34,9 +34,8 @@ def choose_kernels(name: str, device: str) -> None:
             raise UserError(str(error)) from None
     if triton_on(torch.device(device)):
         if device != "cpu" and torch.cuda.get_device_capability(device) < (8, 0):
-            raise UserError(
-                "the Triton kernels need compute capability 8.0: take --kernels inductor"
-            )
+            hint = "take --kernels inductor, or --device cpu"
+            raise UserError(f"the Triton kernels need compute capability 8.0: {hint}")
         try:
             load_triton()
         except RuntimeError as error:

@@ -223,7 +223,8 @@ def summary(entries: list[Entry], args: argparse.Namespace) -> dict:
     failed = {entry.mode: entry.failure for entry in entries if entry.failure}
     entries = [entry for entry in entries if entry.turns and not entry.failure]
     turns = [figures for entry in entries for figures in entry.turns]
-    compiled = "compiled" if any(figures["compile_mode"] for figures in turns) else "not compiled"
+    modes = [figures["compile_mode"] for figures in turns]
+    compiled = "compiled" if all(modes) else "compiled in part" if any(modes) else "not compiled"
     protocol = (
         f"decoding {args.max_new_tokens} tokens greedily after a prompt of {args.prompt}, batch 1, "
         f"{compiled}, prefill and compilation not counted; median "

@@ -116,13 +116,15 @@ def step_bytes(engine: Engine, position: float) -> int:
 
 
 def numerics(model: nn.Module) -> dict:
-    """What the results depend on: how many layers are of each quantized format, {"int4.g64": 120,
-    "int8": 1}, the type of the rest, and whether the CPU kernels round activations."""
+    """What results depend on: how many layers are of each quantized format, {"int4.g64": 120,
+    "int8": 1}, the type of the rest, and whether the C++ kernels of weight-only formats take
+    activations as they are (None: they do not run)."""
+    table = model.tok_embeddings.weight
     settings = [m.settings() for m in model.modules() if isinstance(m, QuantizedLinear)]
     names = [s["format"] + (f".g{s['groupsize']}" if s.get("groupsize") else "") for s in settings]
     return {
-        "layers": dict(Counter(names)), "exact_activations": native.exact_activations(),
-        "precision": FLOAT_NAMES[model.tok_embeddings.weight.dtype],
+        "layers": dict(Counter(names)), "precision": FLOAT_NAMES[table.dtype],
+        "exact_activations": native.exact_activations() if native.serves(table) else None,
     }  # fmt: skip
 
 

@@ -19,8 +19,8 @@ The rows of the verify step must compute what single steps compute. In fp32 they
 of summation (attention splits its rows differently), so that greedy texts differ only where two
 logits agree to 6 digits. In bf16 and fp16 the layers round to 8 or 11 bits in between, and formats
 that round activations turn the last digit of an input into another code: a near tie may fall
-differently than in a step of one row, as it may between any two batch sizes. (On a GPU they round
-from 17 rows on, see kernels/activations.py: with 16 guesses and more the verify step, alone.)
+differently than in a step of one row, as it may between any two batch sizes. (Most Triton products
+round from 17 rows on, see kernels/activations.py: with 16 guesses the verify step, alone.)
 
 Batches of one only: rows of a batch would accept different numbers of guesses.
 """

@@ -11,7 +11,8 @@ On the CPU every number of rows is quantized, one row too. Of the formats that q
 kernels leave up to MATVEC_ROWS rows as they are (`rounds_few_rows`), but for w4a8, whose product is
 of integers. The time of such a product is that of reading the weight, which is the same, and to
 quantize x would be a kernel more in front of each: slower, and less exact. So there a prompt, or a
-batch of 17, is rounded, and the steps of up to 16 sequences are not.
+batch of 17, is rounded, and the steps of up to 16 sequences are not; eval.py's passes of 256 tokens
+are (`--rows`).
 """
 
 import torch

@@ -156,7 +156,7 @@ class QuantizedLinear(nn.Module):
     shared: tuple[str, ...] = ()  # buffers that are not one entry per output row
     # x -> (codes, scale), where the product quantizes its inputs
     quantize_input: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
-    rounds_few_rows = True  # whether on a GPU too, see activations.py
+    rounds_few_rows = True  # whether the Triton kernels do so too, see activations.py
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype, device):
         super().__init__()

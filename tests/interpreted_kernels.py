@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 
+from calibration import CalibrationStream
 from engine import Engine
 from kernels import choice
 from kernels.attention import attention, attention_reference, split_counters
@@ -100,8 +101,9 @@ def test_inputs_are_quantized_as_torch_does_it(name, dtype):
     q, scale = module.quantized_input(x)
     assert torch.equal(q.float(), want.float()) and torch.equal(scale, want_scale)
     assert q.dtype == (torch.int8 if name in ("int8dq", "w4a8") else BF16)
-    _, scale = module.quantized_input(x[:4])  # 12 rows: see activations.py
-    assert (scale is None) == (name != "w4a8")
+    for rows, few in ((16, True), (17, False)):  # see activations.py
+        _, scale = module.quantized_input(x.flatten(0, 1)[:rows])
+        assert (scale is None) == (few and name != "w4a8")
 
 
 def test_many_rows_of_float8_go_to_the_float8_units(monkeypatch):
@@ -476,17 +478,66 @@ def test_between_products(monkeypatch):
     from scripts import check_cuda
 
     monkeypatch.setattr(check_cuda, "DEVICE", "cpu")
+    ran = []
+    for name in ("rotate_launch", "silu_mul_launch", "keep_launch"):
+        own = getattr(between, name)
+        monkeypatch.setattr(between, name, lambda *a, own=own: ran.append(own) or own(*a))
     for sizes in ((5, 24, 203), (2, 64, 1300)):
         found = list(check_cuda.check_between(*sizes))
         assert len(found) == 4 and all(check["ok"] for check in found), found
+    assert len(ran) == 8 * (2 + 1 + 1)
     monkeypatch.setattr(between, "ready_launch", lambda *a: ready_launch(*a[:4], 0.1, *a[5:]))
     assert not any(check["ok"] for check in check_cuda.check_between(3, 16, 40))
 
 
-def test_slots_behind_the_cache_are_not_written():
-    cache = KV_CACHES["bf16"](1, 2, 4, 8, FP32)
-    cache.update(*torch.randn(2, 1, 2, 2, 8), torch.tensor([[3, 4]]))
-    assert cache.k[0, :, 3].all() and not cache.k[0, :, :3].any()
+def test_slots_outside_of_the_cache_are_not_written():
+    cache, both = KV_CACHES["bf16"](2, 2, 4, 8, FP32), torch.randn(2, 2, 3, 2, 8)
+    cache.update(*both, torch.tensor([[3, 4, 5], [0, -1, -2]]))
+    assert torch.equal(cache.k[0, :, 3], both[0, 0, 0]) and not cache.k[0, :, :3].any()
+    assert torch.equal(cache.v[1, :, 0], both[1, 1, 0]) and not cache.v[1, :, 1:].any()
+
+
+@pytest.mark.parametrize("t", [1, 3])
+def test_views_are_rotated_and_kept(t):
+    """Of any strides; angles that are views, or the same for all of a batch."""
+    rotate, keep = (getattr(torch.ops.flatllama, f"triton_{name}") for name in ("rotate", "keep"))
+    angles = torch.randn(2, 4 * t, 4)[:, ::2, None][:, :t]
+    cut = torch.randn(64, 3, 8)[:2].unsqueeze(0).transpose(0, 1)  # its second stride means nothing
+    swapped = torch.randn(t, 2, 3, 8).transpose(0, 1), torch.randn(2, t, 8, 3).transpose(2, 3)
+    for x in (*swapped, cut.expand(2, t, 3, 8)):
+        for cos, sin in ((angles, -angles), (angles[:1], angles[1:])):
+            a, b = x.chunk(2, -1)
+            want = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+            torch.testing.assert_close(rotate(x, cos, sin), want)
+        caches = torch.zeros(2, 2, 3, t, 8).unbind()
+        keep(x, x, *caches, None, None, torch.arange(t).expand(2, t))
+        assert all(torch.equal(cache, x.transpose(1, 2)) for cache in caches)
+    with pytest.raises(RuntimeError, match="expand"):
+        rotate(torch.randn(3, t, 3, 8), angles, angles)
+
+
+def test_calibration_sees_what_torch_computes():
+    tokens, results = torch.randint(0, 150, (6, 20)), []
+    for setting in ("triton", "inductor"):
+        choice.kernels(setting)
+        model = random_model(FP32)
+        stream = CalibrationStream(tokens, model.tok_embeddings.weight, model.config)
+        for name in ("attention.wqkv", "attention.wo"):
+            hessian = stream.statistics(model.layers[0], name).hessian
+        results.append(hessian)
+    choice.kernels("triton")
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_modules_keep_the_formulas():
+    norm, seen = RMSNorm(8, 1e-5), []
+
+    def backend(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch.compile(norm.requires_grad_(False), backend=backend, fullgraph=True)(torch.randn(2, 8))
+    assert seen and not any("triton" in target for target in seen)
 
 
 NEW_TOKENS = [  # as above; new slots that begin and end blocks of 32 and 64, and lie in two of them

@@ -87,12 +87,12 @@ def test_chunks_and_rows_of_different_lengths(tmp_path):
     assert (last[:, 0] - torch.stack([full[0, 7], full[1, 49]])).abs().max() < 1e-4
 
 
-@torch.inference_mode()
 def test_a_model_without_a_cache_says_so():
     with pytest.raises(ValueError, match="setup_cache"):
         Transformer(CONFIGS["tiny"])(torch.tensor([[1]]), torch.tensor([0]))
 
 
+@torch.inference_mode()
 def test_int8_cache(tmp_path):
     """Each stored key is within half a step of the true one, and the logits stay close."""
     model = load_model(open_checkpoint(save_tiny(tmp_path)[0]))

@@ -6,6 +6,7 @@
     silu_mul     silu(gate) * up
 
 Modules run them eagerly; torch.compile is left the formulas, which it fuses with their neighbours.
+rms_norm rounds as torch does, the others once, at the end. There is no backward pass.
 """
 
 import torch
@@ -72,12 +73,14 @@ def rows_of(x: Tensor) -> tuple[Tensor, int]:
     """x [B, T, H, D] as rows (b, t) of H D neighbouring numbers, and how far they are apart."""
     if x.stride()[2:] != (x.shape[3], 1) or x.stride(0) != x.shape[1] * x.stride(1):
         x = x.contiguous()
-    return x, x.stride(1)
+    return x, x.stride(1 if x.shape[1] > 1 else 0)  # that of a dimension of one means nothing
 
 
 def rotate_launch(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Launch:
     """x [B, T, H, D], cos and sin [B T, D / 2] -> out like x, contiguous."""
     (b, t, h, d), (x, stride) = x.shape, rows_of(x)
+    if d % 2:
+        raise ValueError(f"heads of {d} numbers have no halves to rotate")
     pairs = h * d // 2
     arguments = {"x": x, "cos": cos, "sin": sin, "out": out, "stride": stride, "D": d,
                  "pairs": pairs}  # fmt: skip
@@ -119,10 +122,12 @@ def triton_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @torch.library.custom_op("flatllama::triton_rotate", mutates_args=())
 def triton_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, H, D] rotated by angles [B, T, 1, D / 2] fp32."""
+    """x [B, T, H, D] rotated by angles [B or 1, T, 1, D / 2] fp32."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if out.numel():
-        rotate_launch(x, cos.contiguous(), sin.contiguous(), out).run()
+        shape = (*x.shape[:2], 1, x.shape[3] // 2)
+        cos, sin = (angles.expand(shape).contiguous() for angles in (cos, sin))
+        rotate_launch(x, cos, sin, out).run()
     return out
 
 
@@ -149,7 +154,7 @@ def triton_silu_mul(x: Tensor) -> Tensor:
     out = torch.empty((len(flat), flat.shape[1] // 2), dtype=x.dtype, device=x.device)
     if out.numel():
         silu_mul_launch(flat, out).run()
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], out.shape[1])
 
 
 @triton_rms_norm.register_fake
