@@ -238,6 +238,7 @@ def own_samples(source: ckpt.Checkpoint, args: argparse.Namespace) -> Tensor:
     Every row starts from a random token, so that the rows differ; no text is needed at all.
     """
     samples, length = args.calibration_samples, args.calibration_seq_length
+    choose_kernels("auto", args.device)
     model = ckpt.load_model(source, args.device)
     generator = torch.Generator().manual_seed(args.seed)
     first = torch.randint(0, source.config.vocab_size, (samples,), generator=generator).tolist()
@@ -292,7 +293,8 @@ def check(args: argparse.Namespace) -> tuple[ckpt.Checkpoint, Mode, Path]:
         gpu = mode.format in AUTOQUANT and torch.cuda.is_available()
         args.device = "cuda" if gpu else "cpu"
     use_device(args.device)
-    choose_kernels("auto", args.device)
+    if args.device != "cpu":  # there the C++ kernels are built when they are first wanted
+        choose_kernels("auto", args.device)
     output = args.output or default_output(source, mode)
     text = None if args.calibration in ("bundled", "self") else Path(args.calibration)
     check_outputs(args.json, args.plan, replaced=output, inputs=[*source.own_files(), text])
