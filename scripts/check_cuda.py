@@ -12,14 +12,9 @@ a time; a crash, or more than `--limit` seconds, ends that unit alone, and what 
 at once. Exit code 1 if a kernel is wrong. scripts/time_cuda.py times them.
 """
 
-import json
 import os
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +33,7 @@ from model import CONFIGS, KV_CACHES, ModelConfig, RMSNorm, Transformer, rotate,
 from modes import parse_mode
 from random_weights import random_model
 from sampling import Sampling
+from scripts.cuda_units import graph_of, in_processes, judged, overlaps
 
 ROWS = (1, 2, 7, 16, 17, 64, 100, 600)
 SHAPES = ((4096, 512), (576, 130), (203, 35))  # K, N
@@ -70,16 +66,6 @@ def relative(y: torch.Tensor, want: torch.Tensor) -> float:
     return ((y.double() - want).norm() / want.norm()).item()
 
 
-def judged(what: str, limit: float, error: Callable[[], float]) -> dict:
-    """One check: an error below `limit` is right. What fails to run is wrong, and says why."""
-    try:
-        found = error()
-    except Exception as failure:  # whatever it is, the other checks go on
-        reason = (str(failure).strip().splitlines() or [repr(failure)])[0]
-        return {"what": f"{what}: {type(failure).__name__}: {reason}", "error": None, "ok": False}
-    return {"what": what, "error": found, "ok": found < limit}
-
-
 def check_format(name: str) -> Iterator[dict]:
     """One entry for each shape, type and number of rows."""
     for dtype, tolerance in TOLERANCE.items():
@@ -95,35 +81,6 @@ def check_format(name: str) -> Iterator[dict]:
                 what = f"{name} [{n}, {k}] {dtype}, {rows} rows"
                 want = module.rounded_input(x) @ weight.t()
                 yield judged(what, limit, lambda x=x, y=want, m=module: relative(m(x), y))
-
-
-def in_a_process(script: str, unit: str, limit: float) -> list[dict]:
-    """What `script --check UNIT` finds; that it fails, or takes too long, is a wrong one more."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "checks.json"
-        command = [sys.executable, script, "--check", unit, "--json", str(out)]
-        begin, failure = time.perf_counter(), None
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, errors="replace", timeout=limit
-            )
-            if done.returncode:
-                failure = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        except subprocess.TimeoutExpired:
-            failure = f"more than {limit:g} s"
-        found = json.loads(out.read_text())["checks"] if out.exists() else []
-        right, seconds = sum(c["ok"] for c in found), time.perf_counter() - begin
-        print(f"{unit}: {right} of {len(found)} right, {seconds:.0f} s", file=sys.stderr)
-        if failure:
-            found.append({"what": f"{unit}: {failure}", "error": None, "ok": False})
-        return found
-
-
-def in_processes(script: str, units: list[str], jobs: int, limit: float) -> Iterator[list[dict]]:
-    """What `in_a_process` finds of each unit, `jobs` at a time, as they end."""
-    with ThreadPoolExecutor(jobs) as pool:
-        for done in as_completed(pool.submit(in_a_process, script, unit, limit) for unit in units):
-            yield done.result()
 
 
 def check_float() -> Iterator[dict]:
@@ -186,7 +143,8 @@ def check_between(t: int = 70, d: int = 128, width: int = 4096) -> Iterator[dict
 
             def error(given=given, kind=kind, want=want) -> float:
                 pairs = zip(between(given, kind), want, strict=True)
-                return max(relative(y, w.double()) for y, w in pairs)
+                errors = torch.tensor([relative(y, w.double()) for y, w in pairs])
+                return errors.max().item()  # NaN, if there is one
 
             limit = 2 * tolerance if kind == "bf16" else 2e-2
             yield judged(f"between products, {dtype}, {kind} cache", limit, error)
@@ -352,26 +310,6 @@ def units_of(checks: str) -> list[str]:
     units += [f"step {name} {cache}" for name, cache in STEPS if "steps" in wanted]
     slow = ("fpx", "uint", "engine", "step", "codebook4")
     return sorted(dict.fromkeys(units), key=lambda unit: not unit.startswith(slow))
-
-
-def overlaps() -> bool:
-    """Whether this GPU launches a kernel while the one in front of it runs."""
-    return torch.cuda.get_device_capability() >= (9, 0)
-
-
-def graph_of(calls: list[Callable]) -> torch.cuda.CUDAGraph:
-    """The calls, warmed up and captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls[:3]:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
 
 
 def main() -> int:

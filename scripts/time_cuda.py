@@ -29,7 +29,8 @@ from kernels import choice
 from kernels.formats import FORMATS
 from kernels.linear import MATVEC_ROWS, Linear, QuantizedLinear
 from measure import read_bandwidth
-from scripts.check_cuda import graph_of, in_processes, judged, make, overlaps
+from scripts.check_cuda import make
+from scripts.cuda_units import graph_of, in_processes, judged, overlaps
 
 TIMED = ("bf16", "int8", "int8dq", "int4", "int8dq-int4", "float8", "float8dq-row", "fp6", "uint3",
          "int4-sparse24", "w4a8", "codebook4")  # fmt: skip

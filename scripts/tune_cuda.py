@@ -25,7 +25,7 @@ from errors import Parser, write_json
 from kernels import choice
 from kernels.formats import FORMATS
 from model import CONFIGS
-from scripts.check_cuda import graph_of, in_processes, judged
+from scripts.cuda_units import graph_of, in_processes, judged
 from scripts.time_cuda import inputs, module_of, products, times
 
 TUNED = ("bf16", "int8", "int4", "int8dq-int4", "w4a8", "float8", "fp6", "uint3")

@@ -110,6 +110,16 @@ def insert(
 
 
 @triton.jit
+def leave(acc, best, total, sums, maxima, totals, counter, rows, d, D, mask):
+    """A split's values at `rows` [R] for the last to come; how many had left theirs before."""
+    tl.store(maxima + rows, best)
+    tl.store(totals + rows, total)
+    tl.store(sums + rows[:, None] * D + d[None, :], acc, mask=mask)
+    tl.debug_barrier()  # the atomic is of one thread: only then all have stored
+    return tl.atomic_add(counter, 1)
+
+
+@triton.jit
 def join_splits(
     sums, maxima, totals, at, used, d, D, r_ok,
     R: tl.constexpr, BLOCK_D: tl.constexpr, AT_ONCE: tl.constexpr,
@@ -204,12 +214,9 @@ def attend(
         acc = dot(operand(p, qs.dtype, INTERPRET), vs, acc * fade[:, None], False, INTERPRET)
     if SPLITS > 1:
         place, used = pair * tl.num_programs(1) + tile, tl.cdiv(blocks, share)
-        row = (place * SPLITS + split) * R + tl.arange(0, R)
-        tl.store(maxima + row, best)
-        tl.store(totals + row, total)
-        tl.store(sums + row[:, None] * D + d[None, :], acc, mask=of_rows)
-        tl.debug_barrier()  # the atomic is of one thread: only then all have stored
-        if tl.atomic_add(arrived + place, 1) < used - 1:
+        own = (place * SPLITS + split) * R + tl.arange(0, R)
+        before = leave(acc, best, total, sums, maxima, totals, arrived + place, own, d, D, of_rows)
+        if before < used - 1:
             return
         acc = join_splits(
             sums, maxima, totals, place * SPLITS * R, used, d, D, r_ok, R, BLOCK_D,
