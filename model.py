@@ -135,7 +135,7 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [B, T, H, D] by angles [B, T, 1, D / 2], computed in fp32."""
+    """Rotary embedding of x [B, T, H, D] by angles [B or 1, T, 1, D / 2], computed in fp32."""
     if native.serves(x):
         return torch.ops.flatllama.rotate(x, cos, sin)
     if eager_triton(x.device):
@@ -153,6 +153,7 @@ class KVCache(nn.Module):
         for name in ("k", "v"):
             zeros = torch.zeros(shape, dtype=dtype, device=device)
             self.register_buffer(name, zeros, persistent=False)
+        # where attention on a GPU counts its splits that have ended
         self.register_buffer("arrived", split_counters(self.k.device), persistent=False)
 
     def update(self, k: Tensor, v: Tensor, position: Tensor) -> None:
