@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from calibration import InputStatistics
+from errors import UserError
 from gptq import fit_clipped
 from kernels.linear import Grid, Params, QuantizedLinear
 
@@ -45,6 +46,8 @@ def awq(
         ratios: how many exponents i / ratios are tried.
         clip_steps: how many ranges the clip search tries; 1 keeps the full range.
     """
+    if ratios < 1 or clip_steps < 1:
+        raise UserError("AWQ needs ratios >= 1 and clip_steps >= 1")
     mean = stats.mean_abs / stats.mean_abs.max().clamp(min=1e-30)
     mean = mean.clamp(min=1e-4)  # a channel that is never used shall not set the others' scale
 

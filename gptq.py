@@ -79,10 +79,14 @@ def fit_clipped(
     return best
 
 
-def check_options(percdamp: float, clip_steps: int, refinements: int, **rest: bool) -> None:
+def check_options(
+    percdamp: float, clip_steps: int, refinements: int, blocksize: int = 1, **rest: bool
+) -> None:
     """A UserError for options of `gptq` that make no sense; the rest of them always do."""
     if not 0 <= percdamp < math.inf or clip_steps < 1 or refinements < 0:
         raise UserError("GPTQ needs percdamp >= 0 (finite), clip_steps >= 1 and refinements >= 0")
+    if blocksize < 1:
+        raise UserError(f"GPTQ needs blocksize >= 1, not {blocksize}")
 
 
 @torch.no_grad()
@@ -106,7 +110,7 @@ def gptq(
             What each of the four changes: benchmarks/README.md.
         blocksize: columns updated at once; changes the speed only.
     """
-    check_options(percdamp, clip_steps, refinements)
+    check_options(percdamp, clip_steps, refinements, blocksize)
     hessian = damped(stats.hessian, percdamp)
     keep = grid.keep(w.abs() * hessian.diagonal().sqrt())  # Wanda's importance, arXiv 2306.11695
     params, keep = fit_clipped(w * keep, grid, hessian, clip_steps), keep.t()  # [K, N]

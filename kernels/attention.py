@@ -115,7 +115,7 @@ def attention(
         [B, H, T, D] in q's dtype.
     """
     if native.serves(q):
-        return torch.ops.flatllama.attention(q, k, v, start, k_scale, v_scale, None)
+        return torch.ops.flatllama.attention(q, k, v, start, k_scale, v_scale)
     if triton_on(q.device):
         load_triton()
         return torch.ops.flatllama.triton_attention(q, k, v, start, k_scale, v_scale, arrived)

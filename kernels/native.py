@@ -273,8 +273,8 @@ def _register_fakes() -> None:
         "rotate": lambda x, cos, sin: x.new_empty(x.shape),
         "greedy": lambda logits: logits.new_empty(logits.shape[0], dtype=torch.int64),
         "top_k": lambda logits, k: logits.new_empty((logits.shape[0], k), dtype=torch.int64),
-        "attention": lambda q, k_cache, v_cache, start, k_scale=None, v_scale=None, softmax_scale=None: (  # noqa: E501
-            q.new_empty(q.shape)
+        "attention": lambda q, k_cache, v_cache, start, k_scale=None, v_scale=None: q.new_empty(
+            q.shape
         ),
     }
     for name, function in fake.items():

@@ -113,6 +113,8 @@ class Packed:
         if self.method == "compressed-tensors":
             settings = weight_settings(settings)
         self.symmetric = settings.get("symmetric", True)  # compressed-tensors
+        # g_idx then says which group each column is of
+        self.ordered = settings.get("desc_act") or settings.get("actorder") in ("group", "dynamic")
         if settings["bits"] != 4:
             raise UserError(f"{settings['bits']!r} bits in config.json: only 4 are taken")
         self.groupsize = settings["group_size"]
@@ -154,6 +156,7 @@ class Packed:
         groups, int32 = -(-k // self.groupsize), (torch.int32,)
         if self.method == "compressed-tensors":
             self.check_order(f"{part}.weight_g_idx", k)
+            self.check_shape(f"{part}.weight_shape", n, k)
             codes = unpacked(self.read(f"{part}.weight_packed", int32, [n, k // 8]), 1)
             scales = self.read(f"{part}.weight_scale", FLOATS, [n, groups])
             return codes, scales.float(), self.zero_points(f"{part}.weight_zero_point", n, groups)
@@ -181,10 +184,17 @@ class Packed:
 
     def check_order(self, name: str, k: int) -> None:
         """A UserError unless the groups are of neighbouring columns."""
-        if name in self.source.files:
+        if self.ordered or name in self.source.files:
             groups = self.read(name, (torch.int32,), [k])
             if not torch.equal(groups, torch.arange(k, dtype=torch.int32) // self.groupsize):
                 raise UserError(f"{name}: groups of columns that are no neighbours (desc_act)")
+
+    def check_shape(self, name: str, n: int, k: int) -> None:
+        """A UserError if the checkpoint says that the layer has another shape."""
+        if name in self.source.files:
+            stored = self.read(name, (torch.int64, torch.int32), [2]).tolist()
+            if stored != [n, k]:
+                raise UserError(f"{self.source.path}: {name} says {stored}, not {[n, k]}")
 
     def layer(self, name: str, linear: nn.Linear, dtype: torch.dtype) -> Int4Linear:
         """Our layer `name`, of the shape of `linear`."""

@@ -107,6 +107,13 @@ def test_checkpoint_round_trip(tmp_path, name):
     assert torch.equal(layer.input_scale, expected)
 
 
+@pytest.mark.parametrize("option", ["ratios", "clip_steps"])
+def test_options_of_none_are_refused(option):
+    w, _, stats = problem(4)
+    with pytest.raises(UserError, match="AWQ needs"):
+        awq(w, Int4Grid(32), stats, **{option: 0})
+
+
 def test_in_place_on_any_module():
     _, x, _ = problem()
     model = nn.Sequential(nn.Linear(96, 40), nn.ReLU(), nn.Linear(40, 7))

@@ -166,6 +166,29 @@ def test_columns_in_another_order_are_refused(tmp_path, monkeypatch, capsys):
     assert "desc_act" in refused(tmp_path, monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("kind", ["gptq", "compressed"])
+def test_an_order_that_is_not_stored_is_refused(tmp_path, monkeypatch, capsys, kind):
+    save_packed(tmp_path, kind)
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("g_idx")}
+    save_file(kept, tmp_path / "model.safetensors")
+    settings = {**METHODS["gptq"], "desc_act": True}
+    if kind == "compressed":
+        weights = METHODS[kind]["config_groups"]["group_0"]["weights"]
+        groups = {"group_0": {"weights": {**weights, "actorder": "group"}}}
+        settings = {**METHODS[kind], "config_groups": groups}
+    edit(tmp_path, quantization_config=settings)
+    assert "g_idx': it is incomplete" in refused(tmp_path, monkeypatch, capsys)
+
+
+def test_another_shape_than_stored_is_refused(tmp_path, monkeypatch, capsys):
+    save_packed(tmp_path, "compressed")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.o_proj.weight_shape"] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert "weight_shape says [65, 65], not [64, 64]" in refused(tmp_path, monkeypatch, capsys)
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [

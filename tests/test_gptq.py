@@ -183,7 +183,7 @@ def test_a_hessian_that_overflowed_is_an_error():
 @pytest.mark.parametrize(
     "option",
     [{"percdamp": -1}, {"percdamp": math.nan}, {"percdamp": math.inf}, {"clip_steps": 0},
-     {"refinements": -1}],
+     {"refinements": -1}, {"blocksize": 0}],
 )  # fmt: skip
 def test_bad_options_are_refused(option):
     w, stats = problem(4, 32)

@@ -349,8 +349,6 @@ def test_attention(level, case, dtype):
     y = ops.attention(q, k, v, start)
     clean = torch.nan_to_num(k), torch.nan_to_num(v)
     close(y, attention_reference(q, *clean, start, d**-0.5), dtype)
-    y = ops.attention(q, k, v, start, softmax_scale=0.3)
-    close(y, attention_reference(q, *clean, start, 0.3), dtype)
 
 
 @pytest.mark.parametrize("case", ATTENTION, ids=str)

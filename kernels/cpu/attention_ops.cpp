@@ -14,7 +14,7 @@ namespace {
 
 // q [B, H, T, D], caches [B, Hkv, S, D]; row t of batch b sees slots 0 .. start[b] + t.
 Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& start,
-                 OptTensor k_scale, OptTensor v_scale, std::optional<double> softmax_scale) {
+                 OptTensor k_scale, OptTensor v_scale) {
   for (const Tensor& t : {q, k_cache, v_cache, start}) check_cpu(t, "an argument of attention");
   TORCH_CHECK_VALUE(q.dim() == 4 && k_cache.dim() == 4 && k_cache.sizes() == v_cache.sizes(),
                     "q must be [B, H, T, D], the caches [B, Hkv, S, D]");
@@ -50,7 +50,7 @@ Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, 
   p.first = starts.const_data_ptr<int64_t>();
   p.y = static_cast<char*>(out.mutable_data_ptr());
   for (int i = 0; i < 3; i++) p.y_stride[i] = out.stride(i);
-  p.softmax_scale = softmax_scale ? float(*softmax_scale) : 1.0f / std::sqrt(float(D));
+  p.softmax_scale = 1.0f / std::sqrt(float(D));
   const int64_t threads = at::get_num_threads();
   Scratch scratch(p.plan(threads));
   p.take(scratch, threads);
@@ -95,7 +95,7 @@ double read_bandwidth(int64_t bytes, std::optional<int64_t> threads) {
 TORCH_LIBRARY_FRAGMENT(flatllama, m) {
   m.def("read_bandwidth(int bytes, int? threads=None) -> float", read_bandwidth);
   m.def("attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor start, Tensor? k_scale=None, "
-        "Tensor? v_scale=None, float? softmax_scale=None) -> Tensor");
+        "Tensor? v_scale=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(flatllama, CPU, m) { m.impl("attention", attention); }
