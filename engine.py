@@ -16,7 +16,8 @@ from torch import Tensor
 
 from errors import UserError
 from graphs import GRAPH_MODES, Captured, one_graph
-from kernels.decode import MOST_ROWS, decode_greedy
+from kernels.decode import cpp_greedy
+from kernels.linear import FEW_ROWS
 from model import Transformer
 from sampling import Sampling, greedy, sample
 
@@ -25,8 +26,8 @@ BUCKETS = (64, 128, 256, 512)  # a prompt runs in chunks of these sizes, padded 
 
 def greedy_step(model: Transformer, tokens: Tensor, start: Tensor) -> Tensor:
     """The likeliest token after each of `tokens` [B, T] at positions from start [B]: [B, T]."""
-    if model.fused(tokens.numel()):
-        return decode_greedy(model.plan, tokens, model.tok_embeddings.weight, start)
+    if model.runs_in_cpp(tokens.numel()):
+        return cpp_greedy(model.cpp_plan, tokens, model.tok_embeddings.weight, start)
     return greedy(model(tokens, start).flatten(0, 1)).view(tokens.shape)
 
 
@@ -159,7 +160,7 @@ class Engine:
             self.prefill_step = one_graph(self._prefill_step, mode, dynamic=buckets is None)
             # Few rows are one operator: dynamic needs these too, on CUDA of every block of rows.
             # The largest chunk is cut to the cache's size: the longest prompt runs it.
-            sizes = {min(b, length - 1) for b in buckets or (2, 9, MOST_ROWS, *BUCKETS)}
+            sizes = {min(b, length - 1) for b in buckets or (2, 9, FEW_ROWS, *BUCKETS)}
             self.warm_sizes = sorted(sizes - {0})
         elif graphs:
             self.prefill_step = Captured(self._prefill_step, model)
@@ -179,7 +180,7 @@ class Engine:
         On so few rows that the model is one operator there is nothing to fuse, and Dynamo's guards
         and wrappers would add a quarter of a millisecond.
         """
-        if self.compile_mode is None or self.model.fused(rows):
+        if self.compile_mode is None or self.model.runs_in_cpp(rows):
             return step
         self.compiled.append(name)
         return one_graph(step, self.compile_mode)

@@ -131,6 +131,6 @@ def numerics(model: nn.Module) -> dict:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of the model's weights as they lie in memory, the cache and rotary table left out."""
     caches = {id(b) for layer in model.layers for b in layer.attention.kv_cache.buffers()}
-    skip = caches | {id(model.rope_cos), id(model.rope_sin), id(model.plan)}
+    skip = caches | {id(model.rope_cos), id(model.rope_sin), id(model.cpp_plan)}
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return sum(t.numel() * t.element_size() for i, t in tensors.items() if i not in skip)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from kernels import native
 from kernels.attention import attention, split_counters
 from kernels.choice import eager_triton
-from kernels.decode import MOST_ROWS, decode, decode_step, make_step, plan_decode
-from kernels.linear import Linear
+from kernels.decode import cpp_forward, make_cpp_plan, make_triton_step, triton_forward
+from kernels.linear import FEW_ROWS, Linear
 
 LARGEST = 2**24  # size: the bytes of no tensor overflow 64 bits
 
@@ -301,11 +301,11 @@ class Transformer(nn.Module):
         self.output = Linear(config.dim, config.vocab_size, bias=False)
         if config.tied_head:
             self.output.weight = self.tok_embeddings.weight
-        self.register_buffer("plan", None, persistent=False)  # see `fuse`
-        self.fused_rows = 0
+        self.register_buffer("cpp_plan", None, persistent=False)  # see `fuse`
+        self.cpp_rows = 0
         self.revision = 0  # counts up where weights may have changed
-        self.step_number: int | None = None
-        self._step: object | None = None  # keeps alive what `step_number` stands for
+        self.triton_step: int | None = None
+        self._triton_alive: object | None = None  # keeps what `triton_step` numbers
         self.requires_grad_(False)
 
     def setup_cache(self, batch: int, length: int, kind: str = "bf16") -> KVCache:
@@ -341,15 +341,15 @@ class Transformer(nn.Module):
         are passed over, and layers that are replaced afterwards go unnoticed until `unfuse` (which
         `quantize_` calls).
         """
-        self.plan = plan_decode(self)
-        self.fused_rows = 0 if self.plan is None else int(self.plan[1])
-        self.step_number, self._step = make_step(self) or (None, None)
+        self.cpp_plan = make_cpp_plan(self)
+        self.cpp_rows = 0 if self.cpp_plan is None else int(self.cpp_plan[1])
+        self.triton_step, self._triton_alive = make_triton_step(self) or (None, None)
 
     def unfuse(self) -> None:
         """Run as modules again, for other weights. The new `revision` tells an Engine that the keys
         and values in its cache are of the old ones."""
-        self.plan = self.step_number = self._step = None
-        self.fused_rows = 0
+        self.cpp_plan = self.triton_step = self._triton_alive = None
+        self.cpp_rows = 0
         self.revision += 1
 
     def _apply(self, fn, recurse=True):
@@ -367,14 +367,14 @@ class Transformer(nn.Module):
         self.unfuse()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def fused(self, rows: int) -> bool:
-        """Whether so many rows (B T) run as one C++ operator."""
-        return rows <= self.fused_rows
+    def runs_in_cpp(self, rows: int) -> bool:
+        """Whether a pass of so many rows (B T) is the one C++ operator."""
+        return rows <= self.cpp_rows
 
     def __deepcopy__(self, memo: dict) -> "Transformer":
         """A copy that is not fused: the plan knows the tensors of this model alone."""
         other = memo[id(self)] = self.__class__.__new__(self.__class__)
-        fused = ("_step", "step_number")
+        fused = ("_triton_alive", "triton_step")
         own = {name: value for name, value in self.__dict__.items() if name not in fused}
         other.__dict__ = copy.deepcopy(own, memo)
         other.unfuse()
@@ -396,11 +396,11 @@ class Transformer(nn.Module):
         Returns:
             [B, T, V] in the model's dtype, or [B, 1, V] with `last`.
         """
-        if self.fused(tokens.numel()):
-            return decode(self.plan, tokens, self.tok_embeddings.weight, start, last)
-        if self.step_number is not None and tokens.numel() <= MOST_ROWS:
+        if self.runs_in_cpp(tokens.numel()):
+            return cpp_forward(self.cpp_plan, tokens, self.tok_embeddings.weight, start, last)
+        if self.triton_step is not None and tokens.numel() <= FEW_ROWS:
             table = self.tok_embeddings.weight
-            return decode_step(self.step_number, table, tokens, start, last)
+            return triton_forward(self.triton_step, table, tokens, start, last)
         if self.layers[0].attention.kv_cache is None:
             raise ValueError("a Transformer needs a cache: call setup_cache(batch, length) first")
         position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # [B, T]

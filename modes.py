@@ -180,7 +180,7 @@ def list_modes() -> str:
             layer = cls(4096, 4096)
         bits = layer.weight_bytes() * 8 / 4096**2
         group = cls.default_groupsize or ("tensor" if "scales" in cls.shared else "row")
-        inputs = "8-bit" if layer.quantize_input else "-"
+        inputs = "-" if layer.input_way == "none" else "8-bit"
         pairs = [refusal(name, a) for a in ALGORITHMS]
         cells = "".join(f"{'-' if reason else 'yes':<9}" for reason in pairs)
         lines.append(f"{name:<16}{bits:<6.3f}{group:<7}{inputs:<8}{cells}".rstrip())
@@ -250,7 +250,7 @@ def make_grid(mode: Mode, in_features: int, dtype: torch.dtype) -> Grid:
     with torch.device("meta"):
         layer = FORMATS[mode.format](in_features, 1, dtype=dtype, **mode.arguments)
     grid = layer.grid()
-    grid.quantize_input = layer.quantize_input
+    grid.input_way = layer.input_way
     return grid
 
 

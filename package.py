@@ -72,7 +72,7 @@ def circumstances(device: torch.device) -> dict[str, str]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
         f"cpu {torch.backends.cpu.get_cpu_capability()}",
         "kernels": kernels() + (", C++" if native.loaded() else ""),
-        "exact_activations": str(native.exact_activations()), "layout": "4",
+        "exact_activations": str(native.exact_activations()), "layout": "5",
     }  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def write_package(engine: Engine, path: Path, report: Callable[[str], None]) -> 
         raise UserError(f"{path}: the name of a package ends in .pt2")
     batch, device = engine.batch, engine.device
     start = torch.zeros(batch, dtype=torch.int64, device=device)
-    if engine.model.step_number is not None:  # it means nothing to another process
+    if engine.model.triton_step is not None:  # it means nothing to another process
         engine.model.unfuse()
     examples = {DECODE: (DecodeStep(engine.model), (start[:, None].clone(), start))}
     for size in chunk_sizes(engine.slots):

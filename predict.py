@@ -109,7 +109,7 @@ def communication(
 def gathers(mode: str) -> bool:
     """Whether inputs are gathered, not results summed: the format quantizes activations."""
     name = parse_mode(mode).format
-    return name in FORMATS and FORMATS[name].quantize_input is not None
+    return name in FORMATS and FORMATS[name].input_way != "none"
 
 
 def predict(

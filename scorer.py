@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from kernels.decode import MOST_ROWS
+from kernels.linear import FEW_ROWS
 from model import Transformer
 
 ROWS = 256  # tokens of a forward pass: the logits are ROWS x V numbers, never a whole window's
@@ -22,7 +22,7 @@ class Scorer:
         length: of the longest window, in tokens.
         kv_cache: "bf16" (the model's dtype) or "int8"; attention reads keys and values from it.
         compiled: run the forward pass through torch.compile.
-        rows: tokens of a forward pass, of all windows together; up to MOST_ROWS run as in decoding.
+        rows: tokens of a forward pass, of all windows together; up to FEW_ROWS run as in decoding.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class Scorer:
             limit = model.config.max_positions
             raise UserError(f"windows of {length} tokens do not fit the model's context of {limit}")
         self.batch, self.device = batch, model.tok_embeddings.weight.device
-        least = min(rows, MOST_ROWS)
+        least = min(rows, FEW_ROWS)
         self.chunk = min(max(rows // batch, least), -(-length // least) * least)
         self.slots = -(-length // self.chunk) * self.chunk
         self.model, self.own_cache = model, model.setup_cache(batch, self.slots, kv_cache)
-        if batch * self.chunk <= MOST_ROWS:
+        if batch * self.chunk <= FEW_ROWS:
             model.fuse()
         self.forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
 

@@ -36,7 +36,7 @@ def column_unit(layer: nn.Module) -> int | None:
     """The multiples at which a layer's columns can be cut; None: nowhere."""
     if not isinstance(layer, QuantizedLinear):
         return 1
-    if layer.quantize_input is not None:
+    if layer.input_way != "none":
         return None
     if layer.groupsize >= layer.in_features:
         return ROUNDED

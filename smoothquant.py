@@ -15,6 +15,7 @@ from torch import Tensor
 
 from awq import inverse_scale, weight_error
 from calibration import InputStatistics
+from kernels.activations import WAYS
 from kernels.linear import Grid, Params, QuantizedLinear
 
 ALPHAS = (None, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # None: s = 1
@@ -22,7 +23,7 @@ ALPHAS = (None, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # None: s = 1
 
 def refuse(layer: QuantizedLinear) -> str | None:
     """Why SmoothQuant makes no sense for a format, if it does not."""
-    if layer.quantize_input is not None:
+    if layer.input_way != "none":
         return None
     return f"SmoothQuant eases the rounding of inputs, and {layer.name} leaves inputs as they are"
 
@@ -42,7 +43,7 @@ def output_error(
     """Mean squared output error per token, summed over outputs, of x / s times w_hat [N, K]."""
     error = weight_error(w_hat * input_scale - w, stats.hessian)
     x = stats.sample * input_scale  # [T, K]
-    codes, scale = grid.quantize_input(x)
+    codes, scale = WAYS[grid.input_way](x)
     rounding = (codes.float() * scale - x) @ w_hat.t()  # [T, N]
     return error + rounding.square().sum(1).mean().item()
 

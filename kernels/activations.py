@@ -8,19 +8,18 @@
 All in fp32, whatever the dtype of x. Sources: the int8 and float8 dynamic schemes of torchao.
 
 On the CPU every number of rows is quantized, one row too. Of the formats that quantize x the Triton
-kernels leave up to MATVEC_ROWS rows as they are (`rounds_few_rows`), but for w4a8, whose product is
+kernels leave up to FEW_ROWS rows as they are (`rounds_few_rows`), but for w4a8, whose product is
 of integers. The time of such a product is that of reading the weight, which is the same, and to
 quantize x would be a kernel more in front of each: slower, and less exact. So there a prompt, or a
 batch of 17, is rounded, and the steps of up to 16 sequences are not; eval.py's passes of 256 tokens
 are (`--rows`).
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-# How the C++ product of n-bit codes quantizes x; 0: not at all.
-ASYMMETRIC, FLOAT8_TOKEN, FLOAT8_TENSOR = 1, 2, 3
+from torch import Tensor
 
 
 def int8_symmetric(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,14 +46,14 @@ def float8(x: Tensor, per_token: bool) -> tuple[Tensor, Tensor]:
     return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
-def way_of(layer: nn.Module) -> str | None:
-    """How a layer's inputs are quantized, "none" if not; None: as no Triton kernel does it."""
-    quantize = getattr(layer, "quantize_input", None)
-    if quantize is None:
-        return "none"
-    if getattr(layer, "activations", 0) == FLOAT8_TOKEN:
-        return "float8"
-    return {int8_symmetric: "symmetric", int8_asymmetric: "asymmetric"}.get(quantize)
+# By the name that a format gives as its `input_way`.
+WAYS = {
+    "symmetric": int8_symmetric,
+    "asymmetric": int8_asymmetric,
+    "float8": partial(float8, per_token=True),
+    "float8-tensor": partial(float8, per_token=False),
+}
+TRITON_WAYS = ("symmetric", "asymmetric", "float8")  # for which there is a Triton kernel
 
 
 def int8_matmul(x: Tensor, w: Tensor) -> Tensor:

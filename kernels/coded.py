@@ -26,6 +26,8 @@ from kernels.packing import pack, packed_size, unpack
 
 # What the product reads: codes, scales, zeros, positions (2:4), values.
 TILES = ("tiles", "tile_scales", "tile_zeros", "tile_positions", "lookup")
+# How coded_ops.cpp quantizes x, of activations.WAYS.
+NATIVE_WAYS = {"none": 0, "asymmetric": 1, "float8": 2, "float8-tensor": 3}
 PANEL = 2**22  # weights that the reference dequantizes at a time
 
 
@@ -80,8 +82,6 @@ class CodedLinear(QuantizedLinear):
     bits: int
     has_zeros = False
     exponent_bits = 0  # of codes that are small floats: sign, exponent, mantissa
-    integers = False  # whether codes stand for neighbouring integers
-    activations = 0  # quantized by the product: one of activations.py's ways, or not
 
     def __init__(
         self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None,
@@ -141,7 +141,7 @@ class CodedLinear(QuantizedLinear):
     def stored_weight(self) -> Tensor:
         return torch.cat([self.dequantize_rows(rows) for rows in self.panels()])
 
-    triton_kind = "table"  # what a code is, see cuda/tiles.py: "integer" where `integers`
+    code_kind = "table"  # what a code is, see cuda/tiles.py
 
     def triton_planes(self) -> list[Tensor | None]:
         """The codes as the Triton kernels read them."""
@@ -156,7 +156,7 @@ class CodedLinear(QuantizedLinear):
             scales = scales.expand(-1, self.out_features)
         if self.has_zeros:
             zeros = unpack(self.zeros, self.bits, scales.shape[0]).to(torch.bfloat16).t()
-        kind = self.triton_kind
+        kind = self.code_kind
         return TritonWeight(
             self.out_features, self.in_features, kind, self.triton_planes(), bits=self.bits,
             exponent=self.exponent_bits, groupsize=self.groupsize, scales=scales, zeros=zeros,
@@ -174,10 +174,16 @@ class CodedLinear(QuantizedLinear):
             self.weight = self.scales = self.zeros = None
 
     def has_cpu_product(self) -> bool:
-        """Whether coded_ops.cpp multiplies such codes, in groups of whole words."""
-        whole_words = self.groupsize % 32 == 0 or self.groupsize >= self.in_features
-        known = self.bits < 8 if self.integers else self.exponent_bits > 0 or self.bits == 4
-        return whole_words and known
+        """Whether there is a C++ product of such codes; here that of coded_ops.cpp."""
+        if not self.has_whole_words() or self.input_way not in NATIVE_WAYS:
+            return False
+        if self.code_kind == "integer":
+            return self.bits < 8
+        return self.exponent_bits > 0 or self.bits == 4
+
+    def has_whole_words(self) -> bool:
+        """Whether every group but the last is of whole words of codes, as the tiles want it."""
+        return self.groupsize % 32 == 0 or self.groupsize >= self.in_features
 
     def make_tiles(self) -> None:
         """The canonical buffers as tiles of 16 rows; see the top of the file."""
@@ -203,8 +209,8 @@ class CodedLinear(QuantizedLinear):
         ]  # fmt: skip
         shape = [self.out_features, self.in_features]
         return tensors, [
-            Kind.CODED, *shape, self.bits, self.groupsize, self.exponent_bits, self.activations,
-            int(self.integers), int(native.exact_activations()),
+            Kind.CODED, *shape, self.bits, self.groupsize, self.exponent_bits,
+            NATIVE_WAYS[self.input_way], int(native.exact_activations()),
         ]  # fmt: skip
 
     def product(self, x: Tensor) -> Tensor:
@@ -212,7 +218,7 @@ class CodedLinear(QuantizedLinear):
         return torch.ops.flatllama.coded_linear(
             x, self.tiles, self.tile_scales, self.tile_zeros, self.tile_positions, self.lookup,
             self.bias, self.out_features, self.in_features, self.bits, self.groupsize,
-            self.exponent_bits, self.activations, self.integers, native.exact_activations(),
+            self.exponent_bits, NATIVE_WAYS[self.input_way], native.exact_activations(),
         )  # fmt: skip
 
     def reference(self, x: Tensor) -> Tensor:
@@ -234,6 +240,9 @@ class IntegerProduct:
     Without `tile_scales` a group's scale applies to its sum. With them, fp32 [N], it takes the
     codes to integers of 8 bits, and `tile_scales` takes those to the weight.
     """
+
+    def has_cpu_product(self) -> bool:
+        return self.has_whole_words()
 
     def make_integer_tiles(self, scales: Tensor, groupsize: int) -> None:
         """Tiles of `weight` and the groups' scales [N, G]: bf16, or fp16 with `tile_scales`."""

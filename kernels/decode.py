@@ -12,12 +12,8 @@ from torch import Tensor, nn
 from kernels import native
 from kernels.choice import load_triton, triton_on
 
-# B * T of a step of Triton kernels, and of an evaluation that runs as decoding does. The C++
-# operator says itself how many rows it takes.
-MOST_ROWS = 16
 
-
-def plan_decode(model: nn.Module) -> Tensor | None:
+def make_cpp_plan(model: nn.Module) -> Tensor | None:
     """What the operator must know of a Transformer and of its caches, gathered once.
 
     A later call then passes a handle and the tokens, not hundreds of tensors. The plan keeps the
@@ -51,26 +47,26 @@ def plan_decode(model: nn.Module) -> Tensor | None:
     )  # fmt: skip
 
 
-def decode(
+def cpp_forward(
     plan: Tensor, tokens: Tensor, embedding: Tensor, start: Tensor, last: Tensor | None = None
 ) -> Tensor:
     """As `Transformer.forward`, for B T <= plan[1] tokens; `embedding` is the table [V, C]."""
     return torch.ops.flatllama.decode(plan, tokens, embedding, start, last)
 
 
-def decode_greedy(plan: Tensor, tokens: Tensor, embedding: Tensor, start: Tensor) -> Tensor:
-    """The first of the largest logits of each row of `decode`: int64 [B, T].
+def cpp_greedy(plan: Tensor, tokens: Tensor, embedding: Tensor, start: Tensor) -> Tensor:
+    """The first of the largest logits of each row of `cpp_forward`: int64 [B, T].
 
     Each thread looks through the logits that it has just made.
     """
     return torch.ops.flatllama.decode_greedy(plan, tokens, embedding, start)
 
 
-def make_step(model: nn.Module) -> tuple[int, object] | None:
+def make_triton_step(model: nn.Module) -> tuple[int, object] | None:
     """The Triton kernels of a Transformer and of its caches, see cuda/step.py.
 
     Returns:
-        The number that `decode_step` takes, and what must live as long; or None where the Triton
+        The number that `triton_forward` takes, and what must live as long; or None where the Triton
         kernels do not serve the model's device, or a layer of it.
     """
     if not triton_on(model.norm.weight.device):
@@ -81,9 +77,9 @@ def make_step(model: nn.Module) -> tuple[int, object] | None:
     return step.make_step(model)
 
 
-def decode_step(
+def triton_forward(
     number: int, embedding: Tensor, tokens: Tensor, start: Tensor, last: Tensor | None = None
 ) -> Tensor:
-    """As `Transformer.forward`, for B T <= MOST_ROWS tokens. No position is checked."""
+    """As `Transformer.forward`, for B T <= FEW_ROWS tokens. No position is checked."""
     vocab_size, dtype = embedding.shape[0], embedding.dtype
     return torch.ops.flatllama.triton_decode(number, vocab_size, dtype, tokens, start, last)

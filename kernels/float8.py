@@ -15,9 +15,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from kernels.activations import FLOAT8_TENSOR, FLOAT8_TOKEN, float8
 from kernels.fpx import FloatGrid, FloatLinear
-from kernels.linear import MATVEC_ROWS, Params
+from kernels.linear import FEW_ROWS, Params
 
 MAX_CODE = 0x7E  # 448; 0x7f is NaN
 
@@ -56,7 +55,7 @@ class Float8Linear(FloatLinear):
     """Buffers: weight float8_e4m3fn [N, K]; scales [N, 1] in the model's dtype."""
 
     name, bits, exponent_bits, mantissa_bits = "float8", 8, 4, 3
-    triton_kind = "e4m3"
+    code_kind = "e4m3"
 
     def __init__(self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None):
         super().__init__(in_features, out_features, bias, dtype, device)
@@ -78,15 +77,12 @@ class Float8DynamicRowLinear(Float8Linear):
 
     name = "float8dq-row"
     per_token = True
-    activations = FLOAT8_TOKEN
+    input_way = "float8"
     rounds_few_rows = False
 
     def __init__(self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None):
         super().__init__(in_features, out_features, bias, dtype, device)
         self.scales = self.scales.float()
-
-    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return float8(x, self.per_token)
 
     def has_scaled_mm(self) -> bool:
         """Whether this device multiplies float8 matrices of this shape."""
@@ -105,8 +101,8 @@ class Float8DynamicRowLinear(Float8Linear):
 
     def triton_multiply(self, x: Tensor) -> Tensor:
         """Few rows by our kernel, which reads the weight once; many on the float8 units."""
-        if x.numel() > MATVEC_ROWS * self.in_features and self.has_scaled_mm():
-            q, scale = self.quantized_input(x)
+        if x.numel() > FEW_ROWS * self.in_features and self.has_scaled_mm():
+            q, scale = self.triton_input(x)
             return self.scaled_mm(q.to(torch.float8_e4m3fn), scale, x.dtype)
         return super().triton_multiply(x)
 
@@ -137,7 +133,7 @@ class Float8DynamicTensorLinear(Float8DynamicRowLinear):
 
     name = "float8dq-tensor"
     per_token = False
-    activations = FLOAT8_TENSOR
+    input_way = "float8-tensor"
     shared = ("scales",)
 
     def __init__(self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None):

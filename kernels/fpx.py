@@ -64,7 +64,7 @@ class FloatLinear(CodedLinear):
     """Buffers: weight uint8 [N, ceil(K (1 + E + M) / 8)]; scales [N, 1] in the model's dtype."""
 
     mantissa_bits: int
-    triton_kind = "float"
+    code_kind = "float"
 
     def __init__(self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None):
         super().__init__(

@@ -47,11 +47,7 @@ class Int4Grid(Grid):
         """Two unknowns a row, s and z: the normal equations of q s + z in the metric of H."""
         q = codes.float() - 8
         qh = q @ h
-        ss, sz, zz = (
-            (qh * q).sum(1),
-            qh.sum(1),
-            h.sum(),
-        )  # of the normal matrix [[ss, sz], [sz, zz]]
+        ss, sz, zz = (qh * q).sum(1), qh.sum(1), h.sum()  # the normal matrix [[ss, sz], [sz, zz]]
         right_s, right_z = (target * q).sum(1), target.sum(1)
         scale = (zz * right_s - sz * right_z) / (ss * zz - sz * sz)
         scale = torch.where(scale > 0, scale, torch.nan).to(torch.bfloat16).float()

@@ -19,7 +19,7 @@ class Int8DynamicLinear(Int8Linear):
     """Buffers as Int8Linear: weight int8 [N, K], scales [N] in the model's dtype."""
 
     name = "int8dq"
-    quantize_input = staticmethod(int8_symmetric)
+    input_way = "symmetric"
     rounds_few_rows = False
 
     def native_form(self) -> NativeForm | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import affine
-from kernels.activations import ASYMMETRIC, int8_asymmetric
+from kernels.activations import int8_asymmetric
 from kernels.coded import CodedLinear, IntegerProduct
 from kernels.linear import Grid, Params
 
@@ -21,17 +21,17 @@ from kernels.linear import Grid, Params
 class SymmetricGrid(Grid):
     """2^bits integers around 0 times a scale; codes are the integers plus 2^(bits - 1).
 
-    params: scales [N, G] fp32, rounded to `dtype`.
+    params: scales [N, G] fp32, rounded to bf16.
     """
 
-    def __init__(self, bits: int, groupsize: int, dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, bits: int, groupsize: int):
         super().__init__(groupsize)
-        self.bits, self.mid, self.dtype = bits, 2 ** (bits - 1), dtype
+        self.mid = 2 ** (bits - 1)
 
     def fit(self, w: Tensor, shrink: float = 1.0) -> Params:
         scale, _ = affine.choose_qparams(
             w, (1, self.groupsize), -self.mid, self.mid - 1, symmetric=True, zero_domain="none",
-            eps=1e-7, shrink=shrink, scale_dtype=self.dtype,
+            eps=1e-7, shrink=shrink, scale_dtype=torch.bfloat16,
         )  # fmt: skip
         return {"scales": scale.float()}
 
@@ -47,10 +47,8 @@ class GroupedDynamicLinear(CodedLinear):
     """Buffers: weight uint8 [N, ceil(K bits / 8)]; scales bf16 [N, G]."""
 
     default_groupsize = 128
-    integers = True
-    triton_kind = "integer"
-    activations = ASYMMETRIC
-    quantize_input = staticmethod(int8_asymmetric)
+    code_kind = "integer"
+    input_way = "asymmetric"
     rounds_few_rows = False
 
     def grid(self) -> SymmetricGrid:

@@ -8,7 +8,7 @@ the same on every device; `repack()` turns them, once, into the layout that this
 reads. The plain `Linear` of bf16, fp16 and fp32 weights is here too: the base line.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from enum import IntEnum
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import native
-from kernels.activations import way_of
+from kernels.activations import TRITON_WAYS, WAYS
 from kernels.choice import eager_triton, load_triton, triton_on
 from kernels.cuda.weight import TritonWeight, float_product
 
@@ -24,7 +24,9 @@ Params = dict[str, Tensor]
 # A layer as the C++ operators that contain several take it: [weight, bias, input scale, the
 # format's own tensors], [kind, N, K, the format's own numbers]; see cpu/product.h.
 NativeForm = tuple[list[Tensor | None], list[int]]
-MATVEC_ROWS = 16  # of x: up to here a float weight goes through our Triton product
+# Of x. On a GPU, up to so many, float weights go through our product, formats leave inputs as they
+# are (`rounds_few_rows`), and the model is one operator.
+FEW_ROWS = 16
 
 
 class Grid:
@@ -36,8 +38,7 @@ class Grid:
 
     prune_block = 1  # columns of which only some may be nonzero; 1: no sparsity pattern
     free_zero = False  # whether `shift` works: each group has a zero point of its own
-    # x -> (codes, scale): what the format's product does to its inputs; None: nothing
-    quantize_input: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    input_way = "none"  # the format's, see QuantizedLinear
 
     def __init__(self, groupsize: int):
         if groupsize < 1:
@@ -125,7 +126,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if native.serves(x):
             return torch.ops.flatllama.float_linear(x, self.weight, self.bias)
-        if triton_on(x.device) and x.numel() <= MATVEC_ROWS * self.in_features:
+        if triton_on(x.device) and x.numel() <= FEW_ROWS * self.in_features:
             load_triton()
             return float_product(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
@@ -154,8 +155,7 @@ class QuantizedLinear(nn.Module):
     default_groupsize: int | None = None  # None: the format has no group size
     groupsizes: tuple[int, ...] = (32, 64, 128, 256)  # that may be asked for; 0: one per row
     shared: tuple[str, ...] = ()  # buffers that are not one entry per output row
-    # x -> (codes, scale), where the product quantizes its inputs
-    quantize_input: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    input_way = "none"  # how the product quantizes its inputs: one of activations.WAYS, or not
     rounds_few_rows = True  # whether the Triton kernels do so too, see activations.py
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype, device):
@@ -280,23 +280,26 @@ class QuantizedLinear(nn.Module):
 
     def quantizes(self, x: Tensor) -> bool:
         """Whether the product that serves the device quantizes its inputs x [..., K]."""
-        few = triton_on(x.device) and x.numel() <= MATVEC_ROWS * self.in_features
-        return self.quantize_input is not None and (self.rounds_few_rows or not few)
+        few = triton_on(x.device) and x.numel() <= FEW_ROWS * self.in_features
+        return self.input_way != "none" and (self.rounds_few_rows or not few)
+
+    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [..., K] -> codes [..., K] and scales [..., 1], where `input_way` is one."""
+        return WAYS[self.input_way](x)
 
     def rounded_input(self, x: Tensor) -> Tensor:
-        """x [..., K] as the product sees it, rounded if the format quantizes its inputs. fp64."""
+        """x [..., K] as the product sees it, fp64: what kernels are checked against."""
         if not self.quantizes(x):
             return x.double()
         q, scale = self.quantize_input(x)
         return q.double() * scale.double()
 
-    def quantized_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def triton_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [..., K] as the Triton kernels take it, and the scales [..., 1] of its rows, if any."""
         if not self.quantizes(x):
             return x, None
-        way = way_of(self)
-        if way is not None and eager_triton(x.device):
-            return torch.ops.flatllama.triton_quantize(x, way)
+        if self.input_way in TRITON_WAYS and eager_triton(x.device):
+            return torch.ops.flatllama.triton_quantize(x, self.input_way)
         q, scale = self.quantize_input(x)
         return q if q.dtype == torch.int8 else q.to(torch.bfloat16), scale
 
@@ -307,7 +310,7 @@ class QuantizedLinear(nn.Module):
 
     def triton_multiply(self, x: Tensor) -> Tensor:
         """`multiply` by the Triton kernels."""
-        q, scale = self.quantized_input(x)
+        q, scale = self.triton_input(x)
         return self.packed(q, self.bias, scale, x.dtype)
 
     def multiply(self, x: Tensor) -> Tensor:

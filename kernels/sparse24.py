@@ -50,7 +50,7 @@ class Int4Sparse24Linear(CodedLinear):
     name, bits = "int4-sparse24", 4
     default_groupsize = 128
     groupsizes = (0, 32, 64, 128, 256)
-    triton_kind = "integer"
+    code_kind = "integer"
 
     def __init__(
         self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None,

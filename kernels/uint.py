@@ -47,8 +47,8 @@ class UintLinear(CodedLinear):
     """Buffers: weight, zeros uint8 [N, ceil(K n / 8)], [N, ceil(G n / 8)]; scales bf16 [N, G]."""
 
     default_groupsize = 64
-    has_zeros = integers = True
-    triton_kind = "integer"
+    has_zeros = True
+    code_kind = "integer"
 
     def grid(self) -> UintGrid:
         return UintGrid(self.bits, self.groupsize)

@@ -28,7 +28,7 @@ class RowGrid(SymmetricGrid):
     """-7..7 times a scale per row."""
 
     def __init__(self, in_features: int):
-        super().__init__(4, in_features, torch.float32)
+        super().__init__(4, in_features)
 
     def fit(self, w: Tensor, shrink: float = 1.0) -> Params:
         scale = w.abs().amax(1, keepdim=True) * shrink / 7
@@ -62,7 +62,7 @@ class W4A8Linear(IntegerProduct, CodedLinear):
     name, bits = "w4a8", 4
     default_groupsize = 128
     groupsizes = (0, 32, 64, 128, 256)
-    quantize_input = staticmethod(int8_symmetric)
+    input_way = "symmetric"
 
     def __init__(
         self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None,

@@ -59,7 +59,7 @@ FORMATS = {
     "codebook4 g64": ("table", 4, {"group": 64}),
     "w4a8 g128": ("integer", 4, {"group": 128, "inner": True, "dtype": torch.int8}),
 }
-FEW_ROWS = [name for name in FORMATS if name != "int8dq"]  # whose few rows are int8's
+OF_FEW_ROWS = [name for name in FORMATS if name != "int8dq"]  # whose few rows are int8's
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -147,7 +147,7 @@ def step_launches(capability: int) -> Iterator[tuple[str, int, Launch]]:
         for rows in (1, 16):
             squares = empty(rows, 64, dtype=torch.float32)
             gated = {"squares": squares, "eps": 1e-5, "gated": True}
-            added = {"residual": empty(rows, N), "sum_squares": True, "factor": norm}
+            added = {"residual": empty(rows, N), "factor": norm}
             yield f"{name}, normed and gated", rows, product_launch(name, rows, capability, **gated)
             yield f"{name}, residual", rows, product_launch(name, rows, capability, **added)
 
@@ -183,7 +183,7 @@ def compiles(launch: Launch, capability: int) -> bool:
 def cases(capability: int) -> Iterator[tuple[str, int, Launch]]:
     """(what, rows, launch) of every kernel and format."""
     for name in FORMATS:
-        for rows in (1, 16, 128) if name in FEW_ROWS else (128,):
+        for rows in (1, 16, 128) if name in OF_FEW_ROWS else (128,):
             yield name, rows, product_launch(name, rows, capability)
     for name in ("int4 g64", "fp6"):
         yield name, 1024, dequantize_launch(name)

@@ -181,7 +181,7 @@ def main() -> None:
     load_triton()
     print("| format | rows of x | " + " | ".join(f"{n} programs" for n in args.programs) + " |")
     print("|---" * (2 + len(args.programs)) + "|")
-    for name in inspect_kernels.FEW_ROWS:
+    for name in inspect_kernels.OF_FEW_ROWS:
         for rows in args.rows if args.only in name else ():
             launch = inspect_kernels.product_launch(name, rows, 90)
             cells = [f"{bound(launch, 90, n):.0%}" for n in args.programs]

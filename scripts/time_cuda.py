@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from errors import Parser, write_json
 from kernels import choice
 from kernels.formats import FORMATS
-from kernels.linear import MATVEC_ROWS, Linear, QuantizedLinear
+from kernels.linear import FEW_ROWS, Linear, QuantizedLinear
 from measure import read_bandwidth
 from scripts.check_cuda import make
 from scripts.cuda_units import graph_of, in_processes, judged, overlaps
@@ -55,10 +55,10 @@ def products(modules: list[torch.nn.Module], x: torch.Tensor) -> list[Callable]:
     """The product of each of some equal layers with x, which is made ready once for all."""
     if not isinstance(modules[0], QuantizedLinear):
         return [partial(m, x) for m in modules]
-    if len(x) > MATVEC_ROWS and getattr(modules[0], "has_scaled_mm", lambda: False)():
+    if len(x) > FEW_ROWS and getattr(modules[0], "has_scaled_mm", lambda: False)():
         q, scale = modules[0].quantize_input(x)
         return [partial(m.scaled_mm, q, scale, x.dtype) for m in modules]
-    q, scale = modules[0].quantized_input(x)
+    q, scale = modules[0].triton_input(x)
     q = modules[0].packed.arranged(q)
     if scale is not None:
         scale = scale.float().expand(len(x), 1).flatten().contiguous()

@@ -98,11 +98,11 @@ def test_inputs_are_quantized_as_torch_does_it(name, dtype):
     x = torch.randn(6, 3, 203).to(dtype) * torch.tensor([1e-6, 1.0, 300.0])[:, None].to(dtype)
     x[0, 0] = 0
     want, want_scale = module.quantize_input(x)
-    q, scale = module.quantized_input(x)
+    q, scale = module.triton_input(x)
     assert torch.equal(q.float(), want.float()) and torch.equal(scale, want_scale)
     assert q.dtype == (torch.int8 if name in ("int8dq", "w4a8") else BF16)
     for rows, few in ((16, True), (17, False)):  # see activations.py
-        _, scale = module.quantized_input(x.flatten(0, 1)[:rows])
+        _, scale = module.triton_input(x.flatten(0, 1)[:rows])
         assert (scale is None) == (few and name != "w4a8")
 
 
@@ -282,7 +282,7 @@ def steps(model, cache, fused):
                 buffer.uniform_(0, 0.02)
     if fused:
         model.fuse()
-        assert model.step_number is not None
+        assert model.triton_step is not None
     torch.manual_seed(1)
     results = []
     for t, start, last in ((4, (9, 7), (3, 1)), (1, (13, 9), None)):
@@ -382,7 +382,7 @@ def test_a_new_cache_lets_the_old_one_go():
     copy.deepcopy(model)
     model.setup_cache(1, 8)
     gc.collect()
-    assert old() is None and model.step_number is None
+    assert old() is None and model.triton_step is None
 
 
 def test_no_step_where_fp16_cannot_hold_the_codes():
@@ -390,7 +390,7 @@ def test_no_step_where_fp16_cannot_hold_the_codes():
     replace_linears(model, "fpx-5-2")
     model.setup_cache(1, 8)
     model.fuse()
-    assert model.step_number is None
+    assert model.triton_step is None
     assert model(torch.tensor([[3]]), torch.tensor([0])).shape == (1, 1, 150)
 
 

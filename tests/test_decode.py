@@ -8,7 +8,7 @@ import torch
 
 from engine import Engine, greedy_step
 from graphs import compiled_graphs
-from kernels.decode import decode
+from kernels.decode import cpp_forward
 from kernels.formats import FORMATS
 from model import CONFIGS, Transformer
 from quantize import quantize_
@@ -40,7 +40,7 @@ def steps(model: Transformer, kind, batch, tokens, filled, fused: bool) -> torch
     model.setup_cache(batch, filled + 2 * tokens + 20, kind)
     if fused:
         model.fuse()
-    assert (model.plan is not None) == fused
+    assert (model.cpp_plan is not None) == fused
     ids = torch.randint(0, 500, (batch, filled + 2 * tokens), generator=generator)
     uneven = torch.arange(batch) * 7 % 11  # sequences of different lengths
     with torch.inference_mode():
@@ -105,7 +105,7 @@ def test_many_rows(mode, dtype):
         model = make_model(config, mode, dtype)
         compare(model, tolerance, batch=batch, tokens=tokens, filled=12)
     if mode == "float8dq-tensor":  # whose rows share a scale
-        assert model.fused_rows == 16
+        assert model.cpp_rows == 16
 
 
 @pytest.mark.parametrize("threads", [1, 3, 40])
@@ -182,7 +182,7 @@ def test_a_layer_without_tiles_stays_plain():
     attention.wo = torch.nn.Linear(attention.wo.in_features, attention.wo.out_features, bias=False)
     model.setup_cache(1, 16)
     model.fuse()
-    assert model.plan is None
+    assert model.cpp_plan is None
 
 
 def test_compiled_step_writes_the_cache():
@@ -191,7 +191,7 @@ def test_compiled_step_writes_the_cache():
     prompt, graphs = [[3, 1, 4, 1, 5]], compiled_graphs()
     engine = Engine(model, Sampling(0.0, 0), length=64, compile_mode="default")
     want = engine.generate(prompt, 40).token_ids
-    assert model.plan is not None and compiled_graphs() == graphs
+    assert model.cpp_plan is not None and compiled_graphs() == graphs
     engine.decode_step, engine.cached = torch.compile(engine._decode_step, fullgraph=True), []
     assert engine.generate(prompt, 40).token_ids == want
     assert compiled_graphs() > graphs
@@ -214,7 +214,7 @@ def test_a_copy_is_not_fused():
     model.setup_cache(1, 16)
     model.fuse()
     other = copy.deepcopy(model)
-    assert model.plan is not None and other.plan is None
+    assert model.cpp_plan is not None and other.cpp_plan is None
     token, start = torch.tensor([[3]]), torch.tensor([0])
     want = model(token, start)
     other.norm.weight.data *= 2
@@ -243,15 +243,15 @@ def test_refusals():
     with pytest.raises(IndexError, match="row 1 of 1"):
         model(one, zero, zero + 1)
     table = model.tok_embeddings.weight
-    most = model.fused_rows
+    most = model.cpp_rows
     with pytest.raises(ValueError, match=f"1 to {most} tokens"):
-        decode(model.plan, one.expand(1, most + 1), table, zero)
+        cpp_forward(model.cpp_plan, one.expand(1, most + 1), table, zero)
     with pytest.raises(ValueError, match="is gone"):
-        decode(torch.tensor([12345, 16]), one, table, zero)
-    copy = model.plan.clone()
-    model.plan = None
+        cpp_forward(torch.tensor([12345, 16]), one, table, zero)
+    copy = model.cpp_plan.clone()
+    model.cpp_plan = None
     with pytest.raises(ValueError, match="is gone"):
-        decode(copy, one, table, zero)
+        cpp_forward(copy, one, table, zero)
     model.layers[1].feed_forward.w2 = model.layers[1].attention.wo
     with pytest.raises(ValueError, match="but its place is"):
         model.fuse()

@@ -155,7 +155,7 @@ def test_an_engine_sees_new_weights(change):
     engine = Engine(model, greedy, length=256)
     before = engine.generate(prompt, 20).token_ids
     change(model)
-    assert engine.cached == [] and not model.fused(1)
+    assert engine.cached == [] and not model.runs_in_cpp(1)
     fresh = Engine(copy.deepcopy(model), greedy, length=256).generate(prompt, 20).token_ids
     assert engine.generate(prompt, 20).token_ids == fresh
     assert fresh != before or model.tok_embeddings.weight.dtype == torch.float16

@@ -98,8 +98,8 @@ def test_every_format_equals_one_process(tmp_path, exact, count):
         assert [r["name"] for r in results] == [c["name"] for c in cases]
         for result, case in zip(results, cases, strict=True):
             assert result["error"] <= 1e-4 and result["same"], result
-            dynamic = FORMATS[case["name"]].quantize_input if case["name"] in FORMATS else None
-            if dynamic:
+            format = FORMATS.get(case["name"])
+            if format and format.input_way != "none":
                 assert result["cut"] == ["GatheredLinear"] * 2
             if case["name"] in ("fp32", "int4"):
                 assert result["cut"] == ["ReducedLinear"] * 2 or count == 4
@@ -169,7 +169,7 @@ def test_columns_are_cut_without_dequantizing(format):
     mode = parse_mode(format, groups.get("groupsize"))
     whole = quantize_linear(torch.nn.Linear(250, 24, bias=False), mode)
     unit = column_unit(whole)
-    if whole.quantize_input:
+    if whole.input_way != "none":
         assert unit is None
         return
 

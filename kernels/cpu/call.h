@@ -14,7 +14,7 @@ using OptTensor = const std::optional<Tensor>&;
 // The n-bit weight of a product whose k, n and types are set; tensors as the modules repack them.
 Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& scales,
                      OptTensor zeros, OptTensor positions, const Tensor& table, int64_t bits,
-                     int64_t group, int64_t exponent_bits, bool integers);
+                     int64_t group, int64_t exponent_bits);
 // How few rows of x meet an n-bit weight: in fp32, in 16 bits (pairs of int8), or in bf16.
 enum class Meets { fp32, pairs, bf16 };
 // activations: as in round_rows

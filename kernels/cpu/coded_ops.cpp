@@ -34,7 +34,7 @@ void set_bytes(Coded& c, const float* values) {
 
 Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& scales,
                      OptTensor zeros, OptTensor positions, const Tensor& table, int64_t bits,
-                     int64_t group, int64_t exponent_bits, bool integers) {
+                     int64_t group, int64_t exponent_bits) {
   TORCH_CHECK_VALUE(bits >= 1 && bits <= 8 && exponent_bits >= 0 && exponent_bits <= 5 &&
                         (!exponent_bits || (exponent_bits >= 2 && exponent_bits <= bits - 2)),
                     "no such format: ", bits, " bits, of them ", exponent_bits, " exponent");
@@ -58,11 +58,9 @@ Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& s
   const auto* values =
       static_cast<const float*>(data(table, at::kFloat, int64_t(1) << bits, "table"));
   for (int i = 0; i < 32; i++) c.table[i] = values[i % (1 << bits)];
-  c.integers = integers;
-  TORCH_CHECK_VALUE(integers || exponent_bits || bits == 4, "a free table has 16 values");
-  bool even = bits < 8 && !positions && !exponent_bits;
-  for (int i = 0; i < 1 << bits; i++) even &= values[i] == values[0] + float(i);
-  TORCH_CHECK_VALUE(even || !integers, "the table is not of neighbouring integers");
+  c.integers = bits < 8 && !positions && !exponent_bits;
+  for (int i = 0; i < 1 << bits; i++) c.integers &= values[i] == values[0] + float(i);
+  TORCH_CHECK_VALUE(c.integers || exponent_bits || bits == 4, "a free table has 16 values");
   set_bytes(c, values);
   a.block = a.group % kPairBlock && a.groups > 1 ? 32 : kPairBlock;
   a.blocks = div_up(a.kpad, a.block);
@@ -180,17 +178,17 @@ namespace {
 Tensor coded_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, OptTensor zeros,
                     OptTensor positions, const Tensor& table, OptTensor bias, int64_t n, int64_t k,
                     int64_t bits, int64_t group, int64_t exponent_bits, int64_t activations,
-                    bool integers, bool exact) {
+                    bool exact) {
   TORCH_CHECK_VALUE(activations >= 0 && activations <= 3, "no such activations");
   Call call(x, bias, std::nullopt, n, k);
   Coded c = describe_coded(call.a, tiles, scales, zeros, positions, table, bits, group,
-                           exponent_bits, integers);
+                           exponent_bits);
   if (call.empty()) return call.y;
   Linear& a = c.a;
   const char* from = static_cast<const char*>(call.x.const_data_ptr());
   const Meets how = how_meets(c, a.m, activations, exact);
   // Many rows are fastest as bytes of 16 bits with AVX-512 and as bf16, but for AMX, which has panels.
-  const bool as_bytes = how == Meets::pairs && (integers || positions) && kernels().lanes == 16;
+  const bool as_bytes = how == Meets::pairs && (c.integers || positions) && kernels().lanes == 16;
   const bool as_they_are = (as_bytes || how == Meets::bf16) && !call.has_bf16_panels();
   if (a.m <= kFewRows || as_they_are) {  // each thread streams its tiles
     Scratch scratch(coded_bytes(a));
@@ -218,7 +216,7 @@ Tensor coded_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, 
 TORCH_LIBRARY_FRAGMENT(flatllama, m) {
   m.def("coded_linear(Tensor x, Tensor tiles, Tensor scales, Tensor? zeros, "
         "Tensor? positions, Tensor table, Tensor? bias, int N, int K, int bits, int groupsize, "
-        "int exponent_bits, int activations, bool integers, bool exact) -> Tensor");
+        "int exponent_bits, int activations, bool exact) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(flatllama, CPU, m) { m.impl("coded_linear", coded_linear); }

@@ -82,12 +82,12 @@ struct Product {
         }
         break;
       case Kind::coded:
-        has(9, {3, 6});
+        has(8, {3, 6});
         for (size_t i = 3; i < tensors.size(); i++)
           if (get(i)) hold(*get(i));
         c = describe_coded(a, weight, *get(3), get(4), get(5), *get(6), numbers[3], numbers[4],
-                           numbers[5], numbers[7]);
-        exact = numbers[8];
+                           numbers[5]);
+        exact = numbers[7];
         activations = numbers[6];
         TORCH_CHECK_VALUE(activations >= 0 && activations <= 3, "no such activations");
         break;

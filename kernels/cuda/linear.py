@@ -30,8 +30,7 @@ class Between:
     Attributes:
         squares: [M, parts] fp32, the squares of a row add up to them; the result is over its rms.
         gated: the weight's rows are N / 2 gates, then N / 2 ups: silu(gate) * up comes out.
-        residual: [M, N] of the result's type, added to it.
-        sum_squares: also sum up the squares of the result.
+        residual: [M, N] of the result's type, added to it; the sum's squares are summed up too.
         factor: [N] of the result: also multiply it by this.
         out_squares, weighted: [M, tiles] fp32 and [M, N], made by `matmul_launch` for the two.
     """
@@ -40,7 +39,6 @@ class Between:
     eps: float = 0.0
     gated: bool = False
     residual: Tensor | None = None
-    sum_squares: bool = False
     factor: Tensor | None = None
     out_squares: Tensor | None = None
     weighted: Tensor | None = None
@@ -211,7 +209,7 @@ def matmul_launch(
         tile = size.constants["BLOCK_N"] * size.constants["BLOCK_M"]
         numbers = size.row_tiles * size.tiles * size.count * tile
         sums = torch.empty(numbers, dtype=dtype, device=x.device)
-    if between.sum_squares:
+    if between.residual is not None:
         between.out_squares = torch.empty((rows, size.tiles), device=x.device)
     if between.factor is not None:
         between.weighted = torch.empty_like(out)
@@ -253,11 +251,6 @@ def dequantize_launch(
     )
 
 
-def converts_float8(device: torch.device) -> bool:
-    """Whether the GPU itself turns e4m3 into larger floats."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
 @torch.library.custom_op("flatllama::triton_linear", mutates_args=())
 def triton_linear(
     x: Tensor, fours: Tensor | None, twos: Tensor | None, ones: Tensor | None,
@@ -271,8 +264,6 @@ def triton_linear(
     layout.py, 8 bits and more in `fours`; scales [G, N]; row_scales [N]; table fp32 [16]; arrived
     int32 zeros, which it leaves as they were. Without `arrived` the columns are not split.
     """
-    if kind == "e4m3" and not converts_float8(x.device):
-        kind = "float"
     rows = x.shape[0]
     out = torch.empty((rows, n), dtype=getattr(torch, dtype), device=x.device)
     if out.numel() == 0:

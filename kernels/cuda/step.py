@@ -26,12 +26,12 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from kernels.activations import way_of
+from kernels.activations import TRITON_WAYS
 from kernels.cuda.attention import Fresh, attention_launch
 from kernels.cuda.common import wait_for_others
 from kernels.cuda.inputs import READY_TYPES, ready_launch
 from kernels.cuda.launch import Launch, card
-from kernels.cuda.linear import Between, Product, converts_float8, matmul_launch
+from kernels.cuda.linear import Between, Product, matmul_launch
 from kernels.linear import Linear, QuantizedLinear
 
 
@@ -87,11 +87,9 @@ class FusedLinear:
             self.form = {"kind": "plain"}
             self.tensors = ([layer.weight, None, None], None, None, None, None)
         else:
-            self.n, self.k, kind = packed.n, packed.k, packed.kind
-            if kind == "e4m3" and not converts_float8(packed.fours.device):
-                kind = "float"
+            self.n, self.k = packed.n, packed.k
             self.form = {
-                "kind": kind, "bits": packed.bits, "exponent": packed.exponent,
+                "kind": packed.kind, "bits": packed.bits, "exponent": packed.exponent,
                 "zero": packed.zero, "group": packed.groupsize, "inner": packed.inner,
             }  # fmt: skip
             planes = [packed.fours, packed.twos, packed.ones]
@@ -118,7 +116,7 @@ class FusedLinear:
         if self.early:
             x, x_scale = self.ready(x, squares)
             squares = None
-        between = Between(squares, self.eps, gated, residual, residual is not None, factor=factor)
+        between = Between(squares, self.eps, gated, residual, factor)
         product = Product(rows, self.n, x.shape[1], x.dtype, **self.form)
         launch = matmul_launch(
             product, x, *self.tensors, x_scale, self.bias, out, card(x.device), between
@@ -140,9 +138,10 @@ class FusedLinear:
         return out, x_scale
 
 
-def way_of_few(layer: nn.Module) -> str | None:
-    """`way_of` of few rows."""
-    return way_of(layer) if getattr(layer, "rounds_few_rows", True) else "none"
+def way_of_few(layer: nn.Module) -> str:
+    """How few rows of its inputs are quantized, "none" if not."""
+    rounds = isinstance(layer, QuantizedLinear) and layer.rounds_few_rows
+    return layer.input_way if rounds else "none"
 
 
 def serves(model: nn.Module) -> bool:
@@ -154,7 +153,7 @@ def serves(model: nn.Module) -> bool:
         layers += [attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2]
     for layer in layers:
         if isinstance(layer, QuantizedLinear):
-            if layer.packed is None or way_of_few(layer) is None:
+            if layer.packed is None or way_of_few(layer) not in ("none", *TRITON_WAYS):
                 return False
             if layer.packed.exponent == 5 and dtype == torch.float16:  # passes its largest number
                 return False
@@ -202,7 +201,7 @@ class Step:
         return out.view(rows, h * d)
 
     def run(self, tokens: Tensor, start: Tensor, last: Tensor | None) -> Tensor:
-        """As `Transformer.forward`, for B T <= MOST_ROWS tokens."""
+        """As `Transformer.forward`, for B T <= FEW_ROWS tokens."""
         (b, t), c = tokens.shape, self.config.dim
         start = start.contiguous()
         x = torch.empty((b * t, c), dtype=self.embedding.dtype, device=tokens.device)

@@ -12,6 +12,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def converts_float8(device: torch.device) -> bool:
+    """Whether the GPU itself turns e4m3 into larger floats."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 class TritonWeight(nn.Module):
     """The weight [N, K] of a linear layer, whatever its format.
 
@@ -51,6 +56,8 @@ class TritonWeight(nn.Module):
         # Every tile of every product counts its finished splits; see products.py. There are at most
         # N / 16 tiles, or 8 rows of tiles of N / 128.
         device = next(p for p in planes if p is not None).device
+        if kind == "e4m3" and not converts_float8(device):
+            self.kind = "float"
         arrived = torch.zeros(-(-n // 16) + 8, dtype=torch.int32, device=device)
         tensors = dict(zip(("fours", "twos", "ones"), planes, strict=True))
         tensors |= {"scales": scales, "row_scales": row_scales, "table": table, "arrived": arrived}
