@@ -209,6 +209,7 @@ def make_plan(
     linears: dict[str, nn.Linear],
     run: Callable[[], object],
     candidates: list[str],
+    *,
     min_sqnr: float | None = None,
     turns: int = 15,
     working_set: int = WORKING_SET,
@@ -289,7 +290,7 @@ def read_or_make_plan(
     plan = make_plan(
         {name: model.get_submodule(name) for name in names},
         lambda: engine.generate([prompt], length - len(prompt)),
-        candidates, min_sqnr, progress=progress,
+        candidates, min_sqnr=min_sqnr, progress=progress,
     )  # fmt: skip
     if path:
         plan.save(path)

@@ -36,9 +36,15 @@ def weight_error(error: Tensor, hessian: Tensor) -> float:
     return ((error @ hessian) * error).sum().item()
 
 
+def check(ratios: int = 1, clip_steps: int = 1) -> None:
+    """A UserError for options of `awq` that make no sense."""
+    if ratios < 1 or clip_steps < 1:
+        raise UserError("AWQ needs ratios >= 1 and clip_steps >= 1")
+
+
 @torch.no_grad()
 def awq(
-    w: Tensor, grid: Grid, stats: InputStatistics, ratios: int = 20, clip_steps: int = 20
+    w: Tensor, grid: Grid, stats: InputStatistics, *, ratios: int = 20, clip_steps: int = 20
 ) -> tuple[Tensor, Params]:
     """Codes [N, K] and params of the weight w [N, K] fp32; params carry "input_scale" [K].
 
@@ -46,8 +52,7 @@ def awq(
         ratios: how many exponents i / ratios are tried.
         clip_steps: how many ranges the clip search tries; 1 keeps the full range.
     """
-    if ratios < 1 or clip_steps < 1:
-        raise UserError("AWQ needs ratios >= 1 and clip_steps >= 1")
+    check(ratios, clip_steps)
     mean = stats.mean_abs / stats.mean_abs.max().clamp(min=1e-30)
     mean = mean.clamp(min=1e-4)  # a channel that is never used shall not set the others' scale
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from errors import UserError, check_device
 from kernels import aten, native
-from kernels.choice import interpreting, kernels, load_triton, triton_on
+from kernels.choice import choose, chosen, interpreting, load_triton, triton_on
 from kernels.linear import QuantizedLinear
 
 
@@ -26,7 +26,7 @@ def choose_kernels(name: str, device: str) -> None:
         )
     if name == "triton-pdl" and torch.cuda.get_device_capability(device) < (9, 0):
         raise UserError(f"--kernels {name} needs compute capability 9.0: take triton")
-    kernels(name)
+    choose(name)
     if device == "cpu" and name == "auto":
         try:
             native.load()
@@ -44,7 +44,7 @@ def choose_kernels(name: str, device: str) -> None:
 
 def check_layers(model: nn.Module) -> None:
     """A UserError if the model has a layer that the chosen kernels cannot multiply."""
-    if kernels() == "aten":
+    if chosen() == "aten":
         for name, layer in model.named_modules():
             if isinstance(layer, QuantizedLinear) and (reason := aten.refusal(layer)):
                 raise UserError(f"--kernels aten, layer {name}: {reason}")

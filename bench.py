@@ -29,6 +29,7 @@ import bench_start
 from bench_entries import DEFAULT_MODES, Entry, code_modified, make_entries, modified, run_script
 from bench_report import Row, check_plot, plot, table
 from checkpoint import open_checkpoint
+from config import CONFIGS
 from errors import (
     Parser,
     UserError,
@@ -42,7 +43,6 @@ from errors import (
 from graphs import COMPILE_MODE, COMPILE_MODES
 from kernels.choice import KERNELS
 from loading import add_cache_argument
-from model import CONFIGS
 
 MIN_STEPS = 50  # timed; the three warm-up steps come on top
 NOISE = 0.05  # a larger spread between a mode's turns is flagged
@@ -140,7 +140,7 @@ def parse_args() -> argparse.Namespace:
         "that can be made, hours of calibration")  # fmt: skip
     add("--groupsize", type=int, help="of the modes that have groups; default: the format's")
     add("--text", type=Path, help="text to measure perplexity on; default: no perplexity")
-    add("--seq_length", type=int, default=2048, help="tokens of a perplexity window")
+    add("--seq_length", type=int, help="tokens of a perplexity window; default: 2048")
     add("--limit", type=int, help="perplexity windows; default: all")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--threads", type=int, help="CPU threads; default: torch's, one per core")
@@ -180,6 +180,10 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--time_limit {args.time_limit:g}: give seconds, more than none")
     if args.random_weights and (args.text or args.checkpoint_path):
         raise UserError("--random_weights goes without --checkpoint_path and --text")
+    if not args.text and (args.limit is not None or args.seq_length is not None):
+        name = "limit" if args.limit is not None else "seq_length"
+        raise UserError(f"--{name} is of a text: give --text, or leave it out")
+    args.seq_length = 2048 if args.seq_length is None else args.seq_length
     if args.seq_length < 2 or (args.limit is not None and args.limit < 1):
         raise UserError("--limit must be at least 1, --seq_length at least 2")
     own = set() if args.random_weights else open_checkpoint(args.checkpoint_path).own_files()

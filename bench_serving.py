@@ -19,12 +19,13 @@ import torch
 
 from bench_report import check_plot, markdown, pyplot, save
 from checkpoint import open_checkpoint
+from config import CONFIGS
 from engine import BUCKETS, Engine, cache_length
 from errors import Parser, UserError, check_outputs, check_seed, progress, write_json
 from graphs import COMPILE_MODE, COMPILE_MODES, compiled_graphs, configure_compiler
-from loading import add_cache_argument, add_model_arguments, load
+from loading import add_cache_argument, add_model_arguments, load, model_flags
 from measure import device_name, peak_memory, reset_peak_memory, spread, step_bytes
-from model import CONFIGS, Transformer
+from model import Transformer
 from sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
@@ -271,7 +272,7 @@ def main(kind: str, argv: list[str]) -> None:
     check_plot(args.plot)
     own = set() if args.random_weights else open_checkpoint(args.checkpoint_path).own_files()
     check_outputs(args.json, args.plot, inputs=own)
-    model, mode, _ = load(args, args.random_weights)
+    model, mode, _ = load(**model_flags(args))
     if getattr(args, "compile", True):
         configure_compiler(args.device)
     rows = {"throughput": throughput, "latency": latency, "position": position}[kind](model, args)

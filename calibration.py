@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import KVCache, ModelConfig, TransformerBlock, rope_frequencies
+from config import ModelConfig
+from model import KVCache, TransformerBlock, rope_frequencies
 from tokenizer import Tokenizer
 
 BUNDLED = Path(__file__).parent / "data" / "calibration.txt"
@@ -51,6 +52,8 @@ class InputStatistics:
     def add(self, x: Tensor) -> None:
         """Take in the inputs x [..., K]."""
         x = x.detach().reshape(-1, x.shape[-1]).float()  # [T, K]
+        if not len(x):  # an expert that no token goes to
+            return
         old, self.tokens = self.tokens, self.tokens + len(x)
         keep, share = old / self.tokens, 1 / self.tokens
         self.hessian.addmm_(x.t(), x, beta=keep, alpha=share)

@@ -1,14 +1,11 @@
-"""Read any supported checkpoint; write self-describing safetensors.
+"""Read any supported checkpoint: a Hugging Face directory as downloaded, or one of our own files.
 
-In: a Hugging Face directory as downloaded, or one of our own files. Out: one safetensors file whose
-header says everything needed to run it: the model's shape, the mode, the format of each layer.
+Those are safetensors files whose header says everything needed to run them (checkpoint_writer.py).
 A file's name carries no meaning, nothing is ever unpickled, and a checkpoint is untrusted: its
 header, shapes and dtypes are checked before anything of its size is allocated.
 """
 
-import contextlib
 import json
-import os
 import re
 import sys
 from collections.abc import Set
@@ -19,21 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from checkpoint_writer import DTYPES, METADATA_KEY, VERSION
+from config import ModelConfig
 from errors import UserError, first_rank
 from huggingface import config_from_hf, hf_names, part_rows
 from kernels import native
 from kernels.formats import FORMATS
 from kernels.linear import Linear, QuantizedLinear
-from model import ModelConfig, Transformer
+from model import Transformer
 
-VERSION = 1
-METADATA_KEY = "flatllama"  # our header, JSON, in the safetensors metadata
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
-    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -118,7 +109,9 @@ class Checkpoint:
                 view = f.get_slice(part)
                 count = view.get_shape()[0]
                 for i, want in enumerate(rows or [slice(0, None)]):
-                    low, high, _ = slice(want.start, want.stop).indices(2**62)
+                    # Of the stacked tensor, in which this part begins at row `first`.
+                    low = want.start or 0
+                    high = first + count if want.stop is None else want.stop
                     low, high = max(low - first, 0), min(high - first, count)
                     if low < high:
                         where = slice(low, high)
@@ -136,7 +129,7 @@ class Checkpoint:
         return dtype
 
 
-def _names(path: Path) -> tuple[list[str], dict[str, str]]:
+def _read_names(path: Path) -> tuple[list[str], dict[str, str]]:
     """Tensor names and metadata of a safetensors file; its offsets are checked by the library."""
     try:
         with safe_open(path, "pt") as f:
@@ -166,8 +159,8 @@ def _open_directory(path: Path) -> Checkpoint:
     for shard in shards:
         if not (path / shard).exists():
             raise UserError(f"{path} has no {shard}: the download is incomplete")
-        files |= dict.fromkeys(_names(path / shard)[0], path / shard)
-    return _counted(Checkpoint(path, path, config, {}, files))
+        files |= dict.fromkeys(_read_names(path / shard)[0], path / shard)
+    return _checked_count(Checkpoint(path, path, config, {}, files))
 
 
 def open_checkpoint(path: Path | str | None = None) -> Checkpoint:
@@ -189,7 +182,7 @@ def open_checkpoint(path: Path | str | None = None) -> Checkpoint:
         raise UserError(f"no checkpoint at {path}: give a directory or a .safetensors file")
     if not path.is_file():
         raise UserError(f"{path} is no plain file: give a directory or a .safetensors file")
-    names, metadata = _names(path)
+    names, metadata = _read_names(path)
     if METADATA_KEY not in metadata:
         if not (path.parent / "config.json").exists():
             raise UserError(f"{path} is not of quantize.py, and no config.json is beside it")
@@ -211,10 +204,10 @@ def open_checkpoint(path: Path | str | None = None) -> Checkpoint:
                 raise UserError(f"{path} uses the unknown format {settings['format']!r}")
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: malformed header ({error!r})") from None
-    return _counted(Checkpoint(path, path.parent, config, header, dict.fromkeys(names, path)))
+    return _checked_count(Checkpoint(path, path.parent, config, header, dict.fromkeys(names, path)))
 
 
-def _counted(checkpoint: Checkpoint) -> Checkpoint:
+def _checked_count(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint, if it has at least a tensor a layer: a header may announce any number."""
     if checkpoint.config.n_layers > len(checkpoint.files):
         layers, count = checkpoint.config.n_layers, len(checkpoint.files)
@@ -318,75 +311,7 @@ def repack(model: torch.nn.Module) -> None:
         elif isinstance(module, Linear):
             native.prepare(module.weight.device)
         if isinstance(module, (Linear, QuantizedLinear)):
-            native.settle(module)
+            native.to_huge_pages(module)
     if plain and first_rank():
         names = ", ".join(sorted(plain))
         print(f"flatllama: no kernel for {names}: plain PyTorch, far slower", file=sys.stderr)
-
-
-class Writer:
-    """Writes one safetensors file tensor by tensor, in any order, never holding the file.
-
-    The bytes go to a temporary name beside the target, are fsynced, and get the final name at the
-    very end: a killed run leaves no half file under it, and what it leaves cannot be loaded. Use as
-    a context manager.
-    """
-
-    def __init__(self, path: Path, specs: dict[str, tuple[torch.dtype, list[int]]], header: dict):
-        self.path = Path(path).resolve()  # of a link the file, not the link, is replaced
-        entries, offset = {"__metadata__": {METADATA_KEY: json.dumps(header), "format": "pt"}}, 0
-        for name, (dtype, shape) in specs.items():
-            size = torch.Size(shape).numel() * dtype.itemsize
-            entries[name] = {
-                "dtype": DTYPE_NAMES[dtype], "shape": list(shape),
-                "data_offsets": [offset, offset + size],
-            }  # fmt: skip
-            offset += size
-        text = json.dumps(entries).encode()
-        text += b" " * (-len(text) % 8)
-        self.entries, self.start, self.end = entries, 8 + len(text), 8 + len(text) + offset
-        self.length = len(text).to_bytes(8, "little")
-        self.unwritten = {name: (shape or [1])[0] for name, (_, shape) in specs.items()}
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        try:
-            self.file = open(self.temporary, "wb")  # noqa: SIM115 (closed in __exit__)
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
-        self.file.write(bytes(8) + text)  # without its length until the end: not to be loaded
-
-    def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
-        """Write one tensor, or the rows of it that begin at `row`, as announced."""
-        entry, shape = self.entries[name], list(tensor.shape)
-        rows, total = (shape[0], entry["shape"][0]) if shape else (1, 1)
-        if DTYPE_NAMES[tensor.dtype] != entry["dtype"] or shape[1:] != entry["shape"][1:]:
-            raise ValueError(f"{name} is {tensor.dtype} {shape}, announced {entry}")
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        place = self.start + entry["data_offsets"][0] + row * (flat.numel() // max(rows, 1))
-        try:
-            self.file.seek(place)
-            self.file.write(memoryview(flat.numpy()))
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
-        self.unwritten[name] -= rows
-        if not 0 <= self.unwritten[name] <= total:
-            raise ValueError(f"{name}: more rows written than announced")
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        try:
-            if kind is None:
-                if missing := [name for name, rows in self.unwritten.items() if rows]:
-                    raise ValueError(f"tensors never written: {missing[:3]}")
-                self.file.seek(0)
-                self.file.write(self.length)
-                self.file.flush()
-                os.fsync(self.file.fileno())
-                os.replace(self.temporary, self.path)
-        except OSError as problem:
-            raise UserError(f"cannot write {self.path}: {problem.strerror}") from None
-        finally:
-            self.temporary.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # a full disk: what is buffered is lost anyway
-                self.file.close()

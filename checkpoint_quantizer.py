@@ -8,7 +8,10 @@ from torch import nn
 
 import checkpoint as ckpt
 from calibration import LAYERS, CalibrationStream
-from model import ModelConfig, TransformerBlock
+from checkpoint_writer import VERSION, Writer
+from config import ModelConfig
+from kernels.packing import row_chunks
+from model import TransformerBlock
 from modes import (
     FLOAT_MODES,
     FLOAT_NAMES,
@@ -17,7 +20,6 @@ from modes import (
     make_grid,
     quantize_linear,
     relative_error,
-    row_chunks,
 )
 
 
@@ -47,12 +49,12 @@ class CheckpointQuantizer:
         self.check_source()
         kept = head.format in FLOAT_MODES  # in the dtype of the rest, whichever head_mode names
         self.header = {
-            "version": ckpt.VERSION, "mode": str(mode), "groupsize": mode.groupsize,
+            "version": VERSION, "mode": str(mode), "groupsize": mode.groupsize,
             "algorithm": {"name": mode.algorithm or "rtn", **self.options, **(calibration or {})},
             "lm_head": FLOAT_NAMES[self.dtype] if kept else str(head), "layers": self.layers,
             "config": config.to_dict(),
         }  # fmt: skip
-        self.writer = ckpt.Writer(output, self.specs, self.header)
+        self.writer = Writer(output, self.specs, self.header)
 
     def check_source(self) -> None:
         """A UserError unless the source holds what its config.json says."""

@@ -274,9 +274,24 @@ class Engine:
             first_token_s = time.perf_counter() - begin
             clock.mark()
             self._decode(token, start, u[1:], rows, clock)
+        self._check_keys(prompts, rows.token_ids, max_new_tokens)
         # The newest token was sampled but never run: its slot is not filled yet.
         self.cached = [*prompts[0], *rows.token_ids[0]][:-1] if self.batch == 1 else []
         return Result(rows.token_ids, max(map(len, prompts)), first_token_s, clock.intervals())
+
+    def _check_keys(self, prompts: list[list[int]], new: list[list[int]], limit: int) -> None:
+        """A UserError where a key of the last token that was run is NaN.
+
+        NaN goes on to the keys of all later layers and tokens. (What arises behind the keys of the
+        last layer is not seen.)
+        """
+        # A row that has ended has run its last token; one of `limit` new tokens has not.
+        slots = [len(p) + len(n) - 1 - (len(n) == limit) for p, n in zip(prompts, new, strict=True)]
+        cache = self.model.layers[-1].attention.kv_cache
+        keys = getattr(cache, "k_scale", cache.k)  # int8 has no NaN, its scales do
+        last = keys[torch.arange(len(slots)), :, torch.tensor(slots)]  # [B, H_kv, D or 1]
+        if not last.sum(dtype=torch.float32).isfinite():
+            raise UserError("keys that are no numbers: a weight is NaN or inf, or fp16 overflows")
 
     def _decode(self, token: Tensor, start: Tensor, u: Tensor, rows: Rows, clock: Clock) -> None:
         """Go on from `token` [B, 1], to be run at positions `start` [B]: a step per row of u."""
@@ -312,6 +327,9 @@ class Engine:
         self.model.check_cache(self.own_cache)
         if not all(prompts):
             raise UserError("empty prompt: give at least one token")
+        lowest, highest = min(map(min, prompts)), max(map(max, prompts))
+        if lowest < 0 or highest >= (vocab := self.model.config.vocab_size):
+            raise UserError(f"tokens {lowest} to {highest} for a vocabulary of {vocab}")
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}: must be at least 1")
         total = max(map(len, prompts)) + max_new_tokens

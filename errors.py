@@ -106,7 +106,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        for left in (partial, partial.with_name(f"{partial.name}.tmp")):  # torch's traces have both
+            left.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from calibration import BUNDLED
 from checkpoint import load_model, open_checkpoint
 from errors import Parser, UserError, check_outputs, cli, progress, write_json
 from graphs import configure_compiler
-from loading import add_cache_argument, add_model_arguments, load
+from loading import add_cache_argument, add_model_arguments, load, model_flags
 from measure import device_name, numerics
 from model import Transformer
 from modes import FLOAT_MODES
@@ -263,7 +263,7 @@ def main() -> None:
         if args.reference:
             inputs |= open_checkpoint(args.reference).own_files()
         check_outputs(args.json, inputs=inputs)
-    model, mode, directory = load(args)
+    model, mode, directory = load(**model_flags(args))
     tokenizer = open_tokenizer(directory, model, required=True)
     if args.compile:
         configure_compiler(args.device)

@@ -15,6 +15,7 @@ import predict
 import tp
 from chat import Streamer, chat, render_chat
 from checkpoint import open_checkpoint
+from config import CONFIGS
 from engine import Engine, Result, cache_length
 from errors import (
     Parser,
@@ -30,12 +31,12 @@ from errors import (
 )  # fmt: skip
 from generate_report import print_report, report
 from graphs import COMPILE_MODE, COMPILE_MODES, compiled_graphs, configure_compiler
-from loading import add_cache_argument, add_model_arguments, load
+from loading import add_cache_argument, add_model_arguments, load, model_flags
 from measure import (
     check_memory,
     reset_peak_memory,
 )
-from model import CONFIGS, Transformer
+from model import Transformer
 from package import Package
 from prompts import encode_prompt, is_length, open_tokenizer, read_prompts
 from sampling import Sampling
@@ -108,8 +109,9 @@ def make_engine(model: Transformer, length: int, batch: int, args: argparse.Name
         return Engine(model, sampling, **settings)
     draft = None
     if draft_path is not None:
-        flags = {"checkpoint_path": draft_path, "quantization": None, "groupsize": None}
-        draft = load(argparse.Namespace(**{**vars(args), **flags}))[0]
+        flags = {"checkpoint_path": draft_path, "random_weights": None, "quantization": None,
+                 "groupsize": None}  # fmt: skip
+        draft = load(**{**model_flags(args), **flags})[0]
     k = (LOOKUP_K if lookup else DRAFT_K) if k is None else k
     # All ranks must agree when to stop speculating: each measures times of its own.
     settings["agree"] = lambda verdict: tp.from_rank_0(lambda: verdict)
@@ -227,7 +229,7 @@ def main() -> None:
     args.prompt = PROMPT if args.prompt is None else args.prompt
     args.compile_mode = args.compile_mode or COMPILE_MODE
     texts = read_prompts(args.prompts) if args.prompts else [args.prompt] * args.batch_size
-    model, mode, directory = load(args, args.random_weights)
+    model, mode, directory = load(**model_flags(args))
     package = Package(args.package) if args.package else None
     tokenizer = open_tokenizer(directory, model, required=not is_synthetic(args))
     prompts, length = prompts_and_length(args, texts, model, tokenizer)

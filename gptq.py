@@ -79,14 +79,13 @@ def fit_clipped(
     return best
 
 
-def check_options(
-    percdamp: float, clip_steps: int, refinements: int, blocksize: int = 1, **rest: bool
+def check(
+    percdamp: float = 0, clip_steps: int = 1, refinements: int = 0, blocksize: int = 1, **rest: bool
 ) -> None:
     """A UserError for options of `gptq` that make no sense; the rest of them always do."""
-    if not 0 <= percdamp < math.inf or clip_steps < 1 or refinements < 0:
-        raise UserError("GPTQ needs percdamp >= 0 (finite), clip_steps >= 1 and refinements >= 0")
-    if blocksize < 1:
-        raise UserError(f"GPTQ needs blocksize >= 1, not {blocksize}")
+    if not 0 <= percdamp < math.inf or clip_steps < 1 or refinements < 0 or blocksize < 1:
+        raise UserError("GPTQ needs percdamp >= 0 (finite), refinements >= 0, and at least 1 of "
+                        "clip_steps and blocksize")  # fmt: skip
 
 
 @torch.no_grad()
@@ -94,6 +93,7 @@ def gptq(
     w: Tensor,
     grid: Grid,
     stats: InputStatistics,
+    *,
     percdamp: float = 0.25,
     clip_steps: int = 20,
     act_order: bool = True,
@@ -110,7 +110,7 @@ def gptq(
             What each of the four changes: benchmarks/README.md.
         blocksize: columns updated at once; changes the speed only.
     """
-    check_options(percdamp, clip_steps, refinements, blocksize)
+    check(percdamp, clip_steps, refinements, blocksize)
     hessian = damped(stats.hessian, percdamp)
     keep = grid.keep(w.abs() * hessian.diagonal().sqrt())  # Wanda's importance, arXiv 2306.11695
     params, keep = fit_clipped(w * keep, grid, hessian, clip_steps), keep.t()  # [K, N]

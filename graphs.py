@@ -1,6 +1,7 @@
 """What runs as one: torch.compile's graphs, and CUDA graphs."""
 
 import gc
+import hashlib
 import sys
 import weakref
 from collections.abc import Callable
@@ -16,6 +17,17 @@ COMPILE_MODE = "reduce-overhead"  # what the command lines take by default
 GRAPH_MODES = ("reduce-overhead", "max-autotune")  # that capture a CUDA graph
 
 
+def operators_tag() -> str:
+    """A hash of our operators' signatures.
+
+    Torch keeps compiled graphs on disk. Without this in their key, those of an earlier version
+    would call operators with arguments that they no longer have.
+    """
+    schemas = torch._C._jit_get_all_schemas()
+    own = sorted(str(schema) for schema in schemas if schema.name.startswith("flatllama::"))
+    return hashlib.sha256("\n".join(own).encode()).hexdigest()
+
+
 def one_graph(step: Callable, mode: str | None, dynamic: bool = False) -> Callable:
     """`step` through torch.compile.
 
@@ -23,6 +35,7 @@ def one_graph(step: Callable, mode: str | None, dynamic: bool = False) -> Callab
     anew.
     """
     torch._dynamo.config.recompile_limit = 2**20
+    torch.compiler.config.cache_key_tag = operators_tag()
     return torch.compile(step, mode=mode, fullgraph=True, dynamic=dynamic)
 
 

@@ -44,6 +44,7 @@ def hqq(
     w: Tensor,
     grid: Grid,
     stats: object = None,
+    *,
     p: float = 0.7,
     beta: float = 10.0,
     growth: float = 1.01,

@@ -1,7 +1,7 @@
 """What a Hugging Face directory says: its config.json as a ModelConfig, its tensors' names."""
 
+from config import ModelConfig
 from errors import UserError
-from model import ModelConfig
 
 # Our fused weights and the Hugging Face tensors whose rows they stack.
 HF_BLOCK = {

@@ -1,6 +1,7 @@
 """What the command lines that run a model share: the flags that say which, and loading it."""
 
 import argparse
+import inspect
 from pathlib import Path
 
 import torch
@@ -9,11 +10,12 @@ import predict
 import tp
 from backends import check_layers, choose_kernels, use_device
 from checkpoint import Checkpoint, load_model, open_checkpoint
+from config import CONFIGS
 from errors import UserError, check_threads
 from kernels import native
 from kernels.choice import KERNELS
 from measure import check_memory
-from model import CONFIGS, KV_CACHES, Transformer
+from model import KV_CACHES, Transformer
 from modes import FLOAT_MODES, FLOAT_NAMES, Mode, head_mode, parse_mode
 from quantize import quantize_
 from random_weights import random_model
@@ -43,47 +45,59 @@ def add_cache_argument(parser: argparse.ArgumentParser) -> None:
         help="bf16 is the model's own type; int8 with a scale per token and head")  # fmt: skip
 
 
-def asked_for(args: argparse.Namespace) -> tuple[torch.dtype | None, Mode | None]:
-    """The dtype and the quantization on load of the shared flags; None: as the checkpoint is."""
-    dtype = FLOAT_MODES.get(args.precision)
-    if not args.quantization:
-        if args.groupsize is not None:
+def model_flags(args: argparse.Namespace) -> dict:
+    """What the command line says of the model: the arguments of `load`."""
+    flags = vars(args)
+    return {name: flags[name] for name in inspect.signature(load).parameters if name in flags}
+
+
+def asked_for(
+    quantization: str | None, groupsize: int | None, precision: str | None
+) -> tuple[torch.dtype | None, Mode | None]:
+    """The dtype and the quantization on load; None: as the checkpoint is."""
+    dtype = FLOAT_MODES.get(precision)
+    if not quantization:
+        if groupsize is not None:
             raise UserError("--groupsize is of --quantization: a checkpoint has its own")
         return dtype, None
-    mode = parse_mode(args.quantization, args.groupsize)
+    mode = parse_mode(quantization, groupsize)
     if mode.needs_checkpoint:
         raise UserError(f"{mode} is calibrated or timed: write a checkpoint with quantize.py first")
     if mode.format not in FLOAT_MODES:
         return dtype, mode
     if dtype not in (None, FLOAT_MODES[mode.format]):
-        raise UserError(f"--quantization {mode} and --precision {args.precision}: take one")
+        raise UserError(f"--quantization {mode} and --precision {precision}: take one")
     return FLOAT_MODES[mode.format], None
 
 
 def load(
-    args: argparse.Namespace, random_name: str | None = None
-) -> tuple[Transformer, str, Path | None]:
-    """The model that the shared flags ask for -> (Transformer, mode name, directory or None).
+    checkpoint_path: Path | None = None, random_weights: str | None = None,
+    quantization: str | None = None, groupsize: int | None = None, precision: str | None = None,
+    device: str = "cpu", threads: int | None = None, kernels: str = "auto",
+    exact_activations: bool = False,
+) -> tuple[Transformer, str, Path | None]:  # fmt: skip
+    """The model that these flags ask for -> (Transformer, mode name, directory or None).
 
-    Of the processes of torchrun each gets its share (tp.py).
+    Of the processes of torchrun each gets its share (tp.py). Threads, kernels and exact activations
+    are settings of the whole process. random_weights: a name of config.CONFIGS.
     """
-    use_device(args.device)
-    check_threads(args.threads)
-    dtype, mode = asked_for(args)
-    if random_name is not None and args.checkpoint_path:
+    use_device(device)
+    check_threads(threads)
+    dtype, mode = asked_for(quantization, groupsize, precision)
+    if random_weights is not None and checkpoint_path:
         raise UserError("--random_weights needs no --checkpoint_path: take one of them")
-    choose_kernels(args.kernels, args.device)
-    ranks = tp.start(args.device)
-    if args.threads is not None:  # after the ranks have started, each with a share of the cores
-        torch.set_num_threads(args.threads)
-    if args.device == "cpu" and args.kernels == "auto":
-        native.set_exact_activations(args.exact_activations or native.exact_activations())
-    if random_name is not None:
-        model, name = load_random(random_name, mode, dtype or torch.bfloat16, ranks, args.device)
+    choose_kernels(kernels, device)
+    ranks = tp.start(device)
+    if threads is not None:  # after the ranks have started, each with a share of the cores
+        torch.set_num_threads(threads)
+    if device == "cpu" and kernels == "auto":
+        native.set_exact_activations(exact_activations or native.exact_activations())
+    if random_weights is not None:
+        model, name = load_random(random_weights, mode, dtype or torch.bfloat16, ranks, device)
         directory = None
     else:
-        checkpoint = open_checkpoint(args.checkpoint_path)
-        model, name = load_stored(checkpoint, mode, dtype, ranks, args.device)
+        checkpoint = open_checkpoint(checkpoint_path)
+        model, name = load_stored(checkpoint, mode, dtype, ranks, device)
         directory = checkpoint.directory
     check_layers(model)
     return model, name, directory

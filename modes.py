@@ -7,22 +7,22 @@ sense for. `quantize_linear` applies a mode to one layer.
 
 import difflib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 import awq
+import gptq
 import hqq
 import smoothquant
 from calibration import InputStatistics
 from errors import UserError
-from gptq import gptq
 from kernels.formats import FORMATS
 from kernels.linear import Grid, QuantizedLinear
+from kernels.packing import row_chunks
 
-CHUNK = 2**22  # elements of a weight that are worked on at a time
 FLOAT_MODES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FLOAT_NAMES = {dtype: name for name, dtype in FLOAT_MODES.items()}
 
@@ -35,11 +35,12 @@ def round_to_nearest(w: Tensor, grid: Grid, stats: InputStatistics | None = None
 
 @dataclass(frozen=True)
 class Algorithm:
-    """`run(w [N, K] fp32, grid, stats, **options) -> (codes [N, K], params)`.
+    """`run(w [N, K] fp32, grid, stats, *, options) -> (codes [N, K], params)`.
 
     Attributes:
         calibrated: needs `stats`, the InputStatistics of the layer.
-        options: what the command line may pass on, by flags of these names in quantize.py.
+        flags: options that the command line may pass on, by flags of these names in quantize.py.
+        check: a UserError for options that make no sense.
         scales_input: the params carry "input_scale" [K], see QuantizedLinear.
         refuse: why the algorithm makes no sense for a format, given a layer of it; or None.
     """
@@ -47,7 +48,8 @@ class Algorithm:
     run: Callable
     calibrated: bool
     summary: str
-    options: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    check: Callable[..., None] = lambda **options: None
     scales_input: bool = False
     refuse: Callable[[QuantizedLinear], str | None] = lambda layer: None
 
@@ -56,13 +58,14 @@ ALGORITHMS = {
     "": Algorithm(round_to_nearest, False, "round to nearest"),
     "hqq": Algorithm(hqq.hqq, False, "HQQ: zero points refitted, large errors forgiven",
                      refuse=hqq.refuse),
-    "gptq": Algorithm(gptq, True, "GPTQ: errors fed forward through the inverse Hessian",
-                      ("percdamp", "clip_steps", "act_order", "refinements")),
+    "gptq": Algorithm(gptq.gptq, True, "GPTQ: errors fed forward through the inverse Hessian",
+                      ("percdamp", "clip_steps", "act_order", "refinements"), gptq.check),
     "awq": Algorithm(awq.awq, True, "AWQ: columns of large inputs scaled up, ranges clipped",
-                     scales_input=True, refuse=awq.refuse),
+                     check=awq.check, scales_input=True, refuse=awq.refuse),
     "smooth": Algorithm(smoothquant.smoothquant, True,
                         "SmoothQuant: outliers of the inputs moved into the weight",
-                        ("alpha",), scales_input=True, refuse=smoothquant.refuse),
+                        ("alpha",), smoothquant.check, scales_input=True,
+                        refuse=smoothquant.refuse),
 }  # fmt: skip
 
 # Modes that time their candidates on the device and pick one for each layer (autoquant.py).
@@ -198,12 +201,6 @@ def list_modes() -> str:
     return "\n".join(lines)
 
 
-def row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Rows of a weight in pieces of about CHUNK elements."""
-    step = max(1, CHUNK // columns)
-    return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
-
-
 def quantize_linear(
     linear: nn.Linear,
     mode: Mode,
@@ -220,12 +217,13 @@ def quantize_linear(
     weight, cls = linear.weight, FORMATS[mode.format]
     dtype = dtype or weight.dtype
     check_finite(weight, f"a weight {list(weight.shape)}")
-    chunks = list(row_chunks(*weight.shape))
+    chunks = row_chunks(*weight.shape)
     if grid is None:
         grid = make_grid(mode, linear.in_features, dtype)
         grid.learn(weight[rows].detach().float() for rows in chunks)
     algorithm = ALGORITHMS[mode.algorithm]
     if algorithm.calibrated:
+        check_finite(stats.mean_abs, "what a layer is given in the calibration")
         codes, params = algorithm.run(weight.detach().float(), grid, stats, **options)
     else:  # rows are independent: a few at a time bounds the memory
         parts = [

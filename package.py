@@ -21,7 +21,7 @@ from engine import BUCKETS, Engine
 from errors import UserError
 from graphs import Captured
 from kernels import native
-from kernels.choice import kernels
+from kernels.choice import chosen
 from kernels.linear import QuantizedLinear
 from model import Transformer
 from sampling import sample
@@ -71,7 +71,7 @@ def circumstances(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
         f"cpu {torch.backends.cpu.get_cpu_capability()}",
-        "kernels": kernels() + (", C++" if native.loaded() else ""),
+        "kernels": chosen() + (", C++" if native.loaded() else ""),
         "exact_activations": str(native.exact_activations()), "layout": "5",
     }  # fmt: skip
 
@@ -190,7 +190,7 @@ class Package:
         except (LookupError, TypeError, ValueError, RuntimeError, OSError, BadZipFile) as error:
             reason = str(error).strip().splitlines()[0]
             if "schema for flatllama" in reason:
-                reason = f"--kernels {kernels()} does not load its kernels here: choose others"
+                reason = f"--kernels {chosen()} does not load its kernels here: choose others"
                 raise UserError(f"{path}: {reason}, or run scripts/export.py again") from None
             raise UserError(f"{path} is no package of scripts/export.py: {reason}") from None
 

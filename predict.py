@@ -15,10 +15,11 @@ import torch
 
 from checkpoint import build_model
 from checkpoint_quantizer import linear_names
+from config import CONFIGS, ModelConfig
 from engine import BUCKETS
 from errors import Parser, UserError, cli
 from kernels.formats import FORMATS
-from model import CONFIGS, KV_CACHES, ModelConfig
+from model import KV_CACHES
 from modes import FLOAT_MODES, head_mode, parse_mode
 
 EFFICIENCY = 0.7  # of the memory's peak bandwidth, in bf16; published records are 0.64 to 0.78
@@ -65,15 +66,15 @@ def cache_bytes(
     return config.n_layers * sum(b.numel() * b.element_size() for b in cache.buffers())
 
 
-def activation_bytes(config: ModelConfig, chunk: int = BUCKETS[-1]) -> int:
-    """An upper bound on what a prefill chunk of a block holds at once, bf16, whatever the position.
+def activation_bytes(config: ModelConfig) -> int:
+    """An upper bound on what the largest prefill chunk of a block holds at once, in bf16.
 
     The residual stream and its fp32 norm, qkv with its rotated copies, gate, up and their product,
     and the logits of one row.
     """
     width = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
     row = 2 * config.dim + 8 * config.dim + 4 * 2 * width + 4 * 2 * config.ffn_dim
-    return chunk * row + 8 * config.vocab_size
+    return BUCKETS[-1] * row + 8 * config.vocab_size
 
 
 def memory_bytes(
@@ -89,15 +90,13 @@ def memory_bytes(
     return {**parts, "total": sum(parts.values())}
 
 
-def communication(
-    config: ModelConfig, ranks: int, gathered: bool = False, itemsize: int = 2
-) -> tuple[int, float]:
-    """Collectives per token, and bytes that each rank sends for them (ring algorithms).
+def communication(config: ModelConfig, ranks: int, gathered: bool = False) -> tuple[int, float]:
+    """Collectives per token, and bytes that each rank sends for them (ring algorithms), in bf16.
 
     All-reduces of C numbers after the embedding, wo and w2; one all-gather of the logits. Formats
     that quantize activations have the inputs and the outputs of wo and w2 `gathered` instead.
     """
-    share = (ranks - 1) / ranks
+    share, itemsize = (ranks - 1) / ranks, 2
     reduced = 2 * share * config.dim * itemsize
     ends = reduced + share * config.vocab_size * itemsize  # of the embedding and of the head
     if not gathered:

@@ -30,7 +30,6 @@ from errors import (
     progress,
     write_json,
 )
-from gptq import check_options as check_gptq
 from kernels.formats import FORMATS
 from measure import peak_memory
 from model import Transformer
@@ -51,8 +50,8 @@ from tokenizer import load_tokenizer
 def check_options(mode: Mode, options: dict) -> None:
     """A UserError for an option that the mode's algorithm, or autoquant, does not take."""
     run = make_plan if mode.format in AUTOQUANT else ALGORITHMS[mode.algorithm].run
-    known = [] if mode.format in FLOAT_MODES else list(inspect.signature(run).parameters)[3:]
-    known = [name for name in known if name != "progress"]
+    known = inspect.signature(run).parameters.values() if mode.format not in FLOAT_MODES else ()
+    known = [p.name for p in known if p.kind is p.KEYWORD_ONLY and p.name != "progress"]
     if unknown := [name for name in options if name not in known]:
         raise UserError(f"{mode} takes no {unknown[0]}; options: {', '.join(known) or 'none'}")
 
@@ -136,9 +135,20 @@ def places_of_linears(model: nn.Module, skip: Callable[[str], bool]) -> dict[str
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear) and not skip(name):
             places.setdefault(module, []).append(name)
-            if (dtype := module.weight.dtype) not in FLOAT_MODES.values():
-                raise UserError(f"a layer is {dtype}: convert it to fp32, bf16 or fp16 first")
+            if reason := unfit(module):
+                raise UserError(f"layer {name!r} {reason}")
     return {names[0]: names for names in places.values()}
+
+
+def unfit(linear: nn.Linear) -> str | None:
+    """Why a layer cannot be quantized; None if it can."""
+    if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "is of nn.MultiheadAttention, which reads the weight itself: skip it"
+    if isinstance(linear.weight, nn.parameter.UninitializedParameter) or linear.weight.is_meta:
+        return "has no weights yet"
+    if linear.weight.dtype not in FLOAT_MODES.values():
+        return f"is {linear.weight.dtype}: convert it to fp32, bf16 or fp16 first"
+    return None if linear.weight.numel() else f"is {list(linear.weight.shape)}: it is empty"
 
 
 def _collect(
@@ -147,7 +157,10 @@ def _collect(
     """Input statistics of every linear layer over `inputs`."""
     stats = {n: InputStatistics.empty(m.in_features, m.weight.device) for n, m in linears.items()}
     hooks = [
-        m.register_forward_pre_hook(lambda _, args, s=stats[n]: s.add(args[0]))
+        m.register_forward_pre_hook(
+            lambda _, args, named, s=stats[n]: s.add(args[0] if args else named["input"]),
+            with_kwargs=True,
+        )
         for n, m in linears.items()
     ]
     try:
@@ -168,12 +181,13 @@ def default_output(source: ckpt.Checkpoint, mode: Mode) -> Path:
     return source.directory / f"model_{mode}{group}.safetensors"
 
 
-CALIBRATION = {  # flags and their defaults
-    "calibration": "bundled", "calibration_samples": 24, "calibration_seq_length": 1024, "seed": 0,
+SEQ_LENGTH = 1024
+CALIBRATION = {  # flags and their defaults; None: SEQ_LENGTH, or the model's context
+    "calibration": "bundled", "calibration_samples": 24, "calibration_seq_length": None, "seed": 0,
 }  # fmt: skip
 GPTQ = {
     name: inspect.signature(ALGORITHMS["gptq"].run).parameters[name].default
-    for name in ALGORITHMS["gptq"].options
+    for name in ALGORITHMS["gptq"].flags
 }
 CHOICE = {"min_sqnr": None, "plan": None, "seed": 0}  # autoquant's
 
@@ -196,7 +210,7 @@ def parse_args() -> argparse.Namespace:
     add("--calibration", help="bundled, self, or a text file; default: {calibration}")
     add("--calibration_samples", type=int, help="default: {calibration_samples}")
     add("--calibration_seq_length", type=int,
-        help="tokens of a sample; default: {calibration_seq_length}")  # fmt: skip
+        help=f"tokens of a sample; default: {SEQ_LENGTH}, or the model's context")  # fmt: skip
     add("--percdamp", type=float, help="GPTQ damping, of each diagonal entry; default: {percdamp}")
     add("--clip_steps", type=int,
         help="GPTQ: ranges its clip search tries; 1: none; default: {clip_steps}")  # fmt: skip
@@ -219,7 +233,7 @@ def flags_of(mode: Mode) -> set[str]:
     if mode.format in AUTOQUANT:
         return set(CHOICE)
     algorithm = ALGORITHMS[mode.algorithm]
-    return {*algorithm.options, *(CALIBRATION if algorithm.calibrated else ())}
+    return {*algorithm.flags, *(CALIBRATION if algorithm.calibrated else ())}
 
 
 def fill_in(args: argparse.Namespace, mode: Mode) -> None:
@@ -232,15 +246,16 @@ def fill_in(args: argparse.Namespace, mode: Mode) -> None:
             raise UserError(f"mode {mode} does not use --{name}: leave it out")
 
 
-def own_samples(source: ckpt.Checkpoint, args: argparse.Namespace) -> Tensor:
-    """Text that the model itself writes at temperature 1, int64 [samples, seq_length].
+def own_samples(
+    source: ckpt.Checkpoint, samples: int, length: int, seed: int, device: str
+) -> Tensor:
+    """Text that the model itself writes at temperature 1, int64 [samples, length].
 
     Every row starts from a random token, so that the rows differ; no text is needed at all.
     """
-    samples, length = args.calibration_samples, args.calibration_seq_length
-    choose_kernels("auto", args.device)
-    model = ckpt.load_model(source, args.device)
-    generator = torch.Generator().manual_seed(args.seed)
+    choose_kernels("auto", device)
+    model = ckpt.load_model(source, device)
+    generator = torch.Generator().manual_seed(seed)
     first = torch.randint(0, source.config.vocab_size, (samples,), generator=generator).tolist()
     rows = []
     for i in range(0, samples, 16):
@@ -255,14 +270,14 @@ def own_samples(source: ckpt.Checkpoint, args: argparse.Namespace) -> Tensor:
 def calibrate(source: ckpt.Checkpoint, args: argparse.Namespace) -> tuple[CalibrationStream, dict]:
     """The stream of calibration samples, and how it was made, for the header."""
     samples, length = args.calibration_samples, args.calibration_seq_length
+    limit = source.config.max_positions
+    length = min(SEQ_LENGTH, limit) if length is None else length
     if samples < 1 or length < 2:
         raise UserError("calibration needs at least 1 sample of at least 2 tokens")
-    if args.alpha is not None and not 0 <= args.alpha <= 1:
-        raise UserError(f"--alpha {args.alpha}: SmoothQuant takes 0 to 1")
-    if length > source.config.max_positions:
-        raise UserError(f"the model's context is {source.config.max_positions}, not {length}")
+    if length > limit:
+        raise UserError(f"--calibration_seq_length {length}: the model's context is {limit}")
     if args.calibration == "self":
-        tokens = own_samples(source, args)
+        tokens = own_samples(source, samples, length, args.seed, args.device)
     else:
         try:
             tokenizer = load_tokenizer(source.directory)
@@ -308,7 +323,7 @@ def make_job(
     """What is to be done, once calibration samples are there or autoquant has chosen."""
     stream, how, modes, head = None, {}, None, head_mode(mode, args.lm_head)
     algorithm = ALGORITHMS[mode.algorithm]
-    given = {name: getattr(args, name, None) for name in algorithm.options}
+    given = {name: getattr(args, name, None) for name in algorithm.flags}
     options = {name: value for name, value in given.items() if value is not None}
     if mode.format in AUTOQUANT:
         names = linear_names(source.config)[: None if head == mode else -1]
@@ -321,8 +336,7 @@ def make_job(
             modes["output"] = head
         how = {"name": "autoquant", "min_sqnr": plan.min_sqnr}
     elif algorithm.calibrated:
-        if mode.algorithm == "gptq":
-            check_gptq(**options)  # before the long part begins
+        algorithm.check(**options)  # before the long part begins
         stream, how = calibrate(source, args)
     return CheckpointQuantizer(source, mode, head, output, args.device, stream, options, how, modes)
 

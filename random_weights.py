@@ -4,9 +4,10 @@ import torch
 from torch import nn
 
 from checkpoint import repack
+from config import ModelConfig
 from errors import UserError
 from kernels.formats import FORMATS
-from model import ModelConfig, RMSNorm, Transformer
+from model import RMSNorm, Transformer
 from modes import Mode, head_mode, quantize_linear
 
 

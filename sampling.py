@@ -42,7 +42,8 @@ def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | 
         logits, ids = logits.sort(descending=True)
     p = logits.softmax(-1)
     if sampling.top_p < 1:
-        p = p.masked_fill(p.cumsum(-1) - p >= sampling.top_p, 0)
+        before = p.cumsum(-1) - p
+        p = p.masked_fill((before > 0) & (before >= sampling.top_p), 0)  # the first always stays
     if sampling.min_p > 0:
         p = p.masked_fill(p < sampling.min_p * p.amax(-1, keepdim=True), 0)
     return p, ids

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from awq import inverse_scale, weight_error
 from calibration import InputStatistics
+from errors import UserError
 from kernels.activations import WAYS
 from kernels.linear import Grid, Params, QuantizedLinear
 
@@ -48,14 +49,22 @@ def output_error(
     return error + rounding.square().sum(1).mean().item()
 
 
+def check(alpha: float | None = None) -> None:
+    """A UserError for options of `smoothquant` that make no sense."""
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise UserError(f"alpha {alpha}: SmoothQuant takes 0 to 1")
+
+
 @torch.no_grad()
 def smoothquant(
-    w: Tensor, grid: Grid, stats: InputStatistics, alpha: float | None = None
+    w: Tensor, grid: Grid, stats: InputStatistics, *, alpha: float | None = None
 ) -> tuple[Tensor, Params]:
     """Codes [N, K] and params of the weight w [N, K] fp32; params carry "input_scale" [K].
 
     alpha None searches; a number in [0, 1] is taken as it is.
     """
+
+    check(alpha)
 
     def attempt(alpha: float | None):
         input_scale = smoothing(w, stats, alpha)

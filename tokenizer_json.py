@@ -255,6 +255,9 @@ class JsonBPE:
         added = config.get("added_tokens") or []
         self.special = {t["content"]: t["id"] for t in added if t.get("special")}
         self.model = BPE(config["model"], set(self.special.values()))
+        ids = [*self.model.vocab.values(), *(token["id"] for token in added)]
+        if any(type(i) is not int or i < 0 for i in ids):
+            raise ValueError("tokenizer.json has a token id that is no whole number")
         steps = [normalizer_step(c) for c in children(config.get("normalizer"), "normalizers")]
         self.normalizers = steps
         self.steps: list[Step] = []

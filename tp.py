@@ -33,9 +33,10 @@ from torch import Tensor, nn
 import errors
 from checkpoint import Checkpoint, build_model, check_specs, repack, tensor_names
 from checkpoint_quantizer import linear_names
+from config import ModelConfig
 from graphs import release_graphs
 from kernels.linear import Linear, QuantizedLinear
-from model import ModelConfig, Transformer
+from model import Transformer
 from modes import Mode, head_mode, quantize_linear
 from sharding import Cut, Sharding, Source, local_layer, local_tensor, piece, sizes
 
@@ -183,8 +184,8 @@ class QuantizedSource:
 class RandomSource:
     """Random weights of true shape, drawn layer by layer in the order of `random_model`."""
 
-    def __init__(self, config: ModelConfig, device: str, dtype: torch.dtype, seed: int = 0):
-        torch.manual_seed(seed)
+    def __init__(self, config: ModelConfig, device: str, dtype: torch.dtype):
+        torch.manual_seed(0)
         self.shapes = {n: t.shape for n, t in build_model(config, {}, dtype).state_dict().items()}
         self.options, self.tied = {"device": device, "dtype": dtype}, config.tied_head
         self.name, self.weight, self.table = "", None, None

@@ -22,14 +22,17 @@ KERNELS = ("auto", "triton", "triton-pdl", "inductor", "aten")
 _setting = "auto"
 
 
-def kernels(name: str | None = None) -> str:
-    """The setting; `name` changes it."""
-    global _setting
-    if name is not None:
-        if name not in KERNELS:
-            raise ValueError(f"kernels {name!r}: known are {', '.join(KERNELS)}")
-        _setting = name
+def chosen() -> str:
+    """The setting, one of KERNELS."""
     return _setting
+
+
+def choose(name: str) -> None:
+    """Change the setting. ValueError: `name` is none of KERNELS."""
+    global _setting
+    if name not in KERNELS:
+        raise ValueError(f"kernels {name!r}: known are {', '.join(KERNELS)}")
+    _setting = name
 
 
 def aten_on(device: torch.device) -> bool:

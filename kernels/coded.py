@@ -22,13 +22,12 @@ from kernels import affine, native
 from kernels.cuda.layout import lane_planes
 from kernels.cuda.weight import TritonWeight
 from kernels.linear import Kind, NativeForm, Params, QuantizedLinear
-from kernels.packing import pack, packed_size, unpack
+from kernels.packing import pack, packed_size, row_chunks, unpack
 
 # What the product reads: codes, scales, zeros, positions (2:4), values.
 TILES = ("tiles", "tile_scales", "tile_zeros", "tile_positions", "lookup")
 # How coded_ops.cpp quantizes x, of activations.WAYS.
 NATIVE_WAYS = {"none": 0, "asymmetric": 1, "float8": 2, "float8-tensor": 3}
-PANEL = 2**22  # weights that the reference dequantizes at a time
 
 
 def interleave_rows(x: Tensor, width: int) -> Tensor:
@@ -41,7 +40,8 @@ def interleave_rows(x: Tensor, width: int) -> Tensor:
 def byte_tiles(codes: Tensor) -> Tensor:
     """Codes of 8 bits [N, K] as int32 lanes of four columns, [ceil(N / 16), 8 ceil(K / 32), 16]."""
     padded = F.pad(codes.view(torch.uint8), (0, -codes.shape[1] % 4))
-    return interleave_rows(padded.contiguous().view(torch.int32), 8)
+    words = padded.contiguous().flatten().view(torch.int32)  # one row may have a stride of 1
+    return interleave_rows(words.view(len(codes), -1), 8)
 
 
 def plane_tiles(packed: Tensor, bits: int, columns: int) -> Tensor:
@@ -53,7 +53,8 @@ def plane_tiles(packed: Tensor, bits: int, columns: int) -> Tensor:
     i, 4 + i, ... from the lowest bit up; see cpu/coded.h.
     """
     parts = []
-    for rows in packed.split(16 * max(1, PANEL // (16 * max(columns, 1)))):
+    for chunk in row_chunks(len(packed), columns, 16):
+        rows = packed[chunk]
         codes = unpack(rows, bits, columns)
         codes = F.pad(codes, (0, -columns % 32, 0, -codes.shape[0] % 16))
         codes = codes.view(codes.shape[0] // 16, 16, -1, 8, 4)  # [tile, row, block, step, byte]
@@ -87,11 +88,7 @@ class CodedLinear(QuantizedLinear):
         self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None,
         groupsize: int | None = None, scale_dtype: torch.dtype = torch.bfloat16,
     ):  # fmt: skip
-        super().__init__(in_features, out_features, bias, dtype, device)
-        self.groupsize_setting = self.default_groupsize if groupsize is None else groupsize
-        self.groupsize = self.groupsize_setting or in_features
-        if self.groupsize < 1:
-            raise ValueError(f"group size {groupsize}: must be positive, or 0 for one per row")
+        super().__init__(in_features, out_features, bias, dtype, device, groupsize)
         groups, bytes_ = -(-in_features // self.groupsize), {"dtype": torch.uint8, "device": device}
         shape = (out_features, self.row_bytes())
         self.register_buffer("weight", torch.empty(shape, **bytes_))
@@ -101,10 +98,6 @@ class CodedLinear(QuantizedLinear):
         self.register_buffer("zeros", torch.empty(shape, **bytes_) if self.has_zeros else None)
         for name in TILES:
             self.register_buffer(name, None, persistent=False)
-
-    def settings(self) -> dict:
-        rest = {} if self.default_groupsize is None else {"groupsize": self.groupsize_setting}
-        return {"format": self.name, **rest}
 
     def row_bytes(self) -> int:
         """Bytes of a row's codes."""
@@ -133,10 +126,7 @@ class CodedLinear(QuantizedLinear):
 
     def panels(self) -> list[slice]:
         """All rows, as many at a time as make a bounded piece of the weight."""
-        step = max(16, PANEL // self.in_features)
-        return [
-            slice(i, min(i + step, self.out_features)) for i in range(0, self.out_features, step)
-        ]
+        return row_chunks(self.out_features, self.in_features, 16)
 
     def stored_weight(self) -> Tensor:
         return torch.cat([self.dequantize_rows(rows) for rows in self.panels()])

@@ -39,11 +39,18 @@ class FloatGrid(Grid):
         self.sign_code = 2 ** (exponent_bits + mantissa_bits)
         self.max_code = max_code or self.sign_code - 1
         self.lowest_exponent = 2 - 2 ** (exponent_bits - 1)
+        # With 5 exponent bits the largest value is so large that fp16 does not hold the scales of
+        # usual weights, and the range so wide that larger scales cost nothing.
+        self.least = torch.finfo(dtype).tiny if exponent_bits == 5 else 0
         self.values = float_values(exponent_bits, mantissa_bits)
 
     def fit(self, w: Tensor, shrink: float = 1.0) -> Params:
         scale = w.abs().amax(1, keepdim=True) * shrink / self.values[self.max_code].item()
-        return {"scales": scale.clamp(min=1e-12).to(self.dtype).float()}
+        scale = scale.clamp(min=1e-12)
+        if self.least:
+            doublings = torch.frexp(self.least / scale).exponent.clamp(min=0)
+            scale = torch.ldexp(scale, doublings)  # the codes are the same, of lower exponents
+        return {"scales": scale.to(self.dtype).float()}
 
     def round(self, w: Tensor, params: Params) -> Tensor:
         v = w / params["scales"]
@@ -81,7 +88,7 @@ class FloatLinear(CodedLinear):
 def float_format(name: str, exponent_bits: int, mantissa_bits: int) -> type[FloatLinear]:
     """The class of one format."""
     return type(
-        f"Float{exponent_bits}{mantissa_bits}Linear",
+        f"{name.title().replace('-', '')}Linear",
         (FloatLinear,),
         {
             "name": name, "exponent_bits": exponent_bits, "mantissa_bits": mantissa_bits,
@@ -95,3 +102,4 @@ FLOAT_FORMATS = (
     float_format("fp6", 3, 2),
     *(float_format(f"fpx-{e}-{m}", e, m) for e in range(2, 6) for m in range(1, 8 - e)),
 )
+globals().update({cls.__name__: cls for cls in FLOAT_FORMATS})  # where pickle looks

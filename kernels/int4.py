@@ -63,11 +63,11 @@ class Int4Linear(QuantizedLinear):
     default_groupsize = 64
 
     def __init__(
-        self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None, groupsize=64
-    ):
-        super().__init__(in_features, out_features, bias, dtype, device)
-        self.groupsize = groupsize
-        groups = (out_features, -(-in_features // groupsize))
+        self, in_features, out_features, bias=False, dtype=torch.bfloat16, device=None,
+        groupsize: int | None = None,
+    ):  # fmt: skip
+        super().__init__(in_features, out_features, bias, dtype, device, groupsize)
+        groups = (out_features, -(-in_features // self.groupsize))
         bf16 = {"dtype": torch.bfloat16, "device": device}
         shape = (out_features, packed_size(in_features, 4))
         self.register_buffer("weight", torch.empty(shape, dtype=torch.uint8, device=device))
@@ -75,9 +75,6 @@ class Int4Linear(QuantizedLinear):
         self.register_buffer("zeros", torch.empty(groups, **bf16))
         self.register_buffer("tiles", None, persistent=False)
         self.tinygemm: aten.TinygemmWeight | None = None
-
-    def settings(self) -> dict:
-        return {"format": self.name, "groupsize": self.groupsize}
 
     def grid(self) -> Int4Grid:
         return Int4Grid(self.groupsize)
@@ -89,11 +86,8 @@ class Int4Linear(QuantizedLinear):
 
     def stored_weight(self) -> Tensor:
         codes = unpack(self.weight, 4, self.in_features)
-        scale, zero = (
-            affine.block_expand(p.float(), (1, self.groupsize), codes.shape)
-            for p in (self.scales, self.zeros)
-        )
-        return (codes.float() - 8) * scale + zero
+        block = (1, self.groupsize)
+        return affine.dequantize(codes, block, self.scales, self.zeros, 0, 15, "float")
 
     def triton_weight(self) -> TritonWeight:
         return TritonWeight(

@@ -158,10 +158,17 @@ class QuantizedLinear(nn.Module):
     input_way = "none"  # how the product quantizes its inputs: one of activations.WAYS, or not
     rounds_few_rows = True  # whether the Triton kernels do so too, see activations.py
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, dtype, device):
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, dtype, device,
+        groupsize: int | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
-        self.groupsize = in_features  # columns that share a scale
+        # As asked for; and columns that share a scale.
+        self.groupsize_setting = self.default_groupsize if groupsize is None else groupsize
+        self.groupsize = self.groupsize_setting or in_features
+        if self.groupsize < 1:
+            raise ValueError(f"group size {groupsize}: must be positive, or 0 for one per row")
         self.register_buffer(
             "bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         )
@@ -224,7 +231,8 @@ class QuantizedLinear(nn.Module):
 
         The format and, where there is one, the group size: readers of headers know no other.
         """
-        return {"format": self.name}
+        rest = {} if self.default_groupsize is None else {"groupsize": self.groupsize_setting}
+        return {"format": self.name, **rest}
 
     def column_bits(self, buffer: str) -> int:
         """Bits that a column takes in a row of `weight`, or of another buffer of codes."""
@@ -303,9 +311,8 @@ class QuantizedLinear(nn.Module):
         q, scale = self.quantize_input(x)
         return q if q.dtype == torch.int8 else q.to(torch.bfloat16), scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.input_scale is not None:
-            x = (x * self.input_scale).to(x.dtype)
+    def forward(self, input: Tensor) -> Tensor:  # named as nn.Linear names it
+        x = input if self.input_scale is None else (input * self.input_scale).to(input.dtype)
         return self.multiply(x) if self.packed is None else self.triton_multiply(x)
 
     def triton_multiply(self, x: Tensor) -> Tensor:

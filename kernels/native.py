@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.choice import kernels
+from kernels.choice import chosen
 
 SOURCES = Path(__file__).parent / "cpu"
 LEVELS = {"portable": []}
@@ -61,12 +61,12 @@ def loaded() -> bool:
 
 def prepare(device: torch.device) -> bool:
     """Whether the C++ operators serve that device; loads, and at first use builds them."""
-    return device.type == "cpu" and kernels() == "auto" and load()
+    return device.type == "cpu" and chosen() == "auto" and load()
 
 
 def serves(x: Tensor) -> bool:
     """Whether the C++ operators run for x: on the CPU, where they are there and wanted."""
-    return bool(_loaded) and x.device.type == "cpu" and kernels() == "auto"
+    return bool(_loaded) and x.device.type == "cpu" and chosen() == "auto"
 
 
 def exact_activations() -> bool:
@@ -232,8 +232,8 @@ def read_bandwidth(size: int = 256 << 20, threads: int | None = None) -> float:
     return torch.ops.flatllama.read_bandwidth(size, threads)
 
 
-def settle(module: torch.nn.Module) -> None:
-    """Move the matrices of a layer or a cache to huge pages, behind those settled before it."""
+def to_huge_pages(module: torch.nn.Module) -> None:
+    """Move the matrices of a layer or a cache to huge pages, behind those moved before it."""
     for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
         if tensor.dim() > 1 and serves(tensor):
             tensor.data = torch.ops.flatllama.on_huge_pages(tensor.data)

@@ -8,6 +8,14 @@ on a byte boundary, so a row of K codes takes ceil(K * n / 8) bytes.
 import torch
 from torch import Tensor
 
+AT_ONCE = 2**22  # elements of a weight that are worked on at a time
+
+
+def row_chunks(rows: int, columns: int, unit: int = 1) -> list[slice]:
+    """The rows of a weight in pieces of about AT_ONCE elements, each of whole `unit`s of rows."""
+    step = max(1, AT_ONCE // (max(columns, 1) * unit)) * unit
+    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+
 
 def packed_size(length: int, bits: int) -> int:
     """Bytes that a row of `length` codes of `bits` bits takes."""

@@ -61,3 +61,4 @@ UINT_FORMATS = tuple(
     type(f"Uint{n}Linear", (UintLinear,), {"name": f"uint{n}", "bits": n, "__doc__": f"{n} bits."})
     for n in range(1, 8)
 )
+globals().update({cls.__name__: cls for cls in UINT_FORMATS})  # where pickle looks

@@ -22,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from config import CONFIGS, ModelConfig
 from engine import Engine
 from errors import Parser, write_json
 from graphs import configure_compiler, skipped_graphs
@@ -29,7 +30,7 @@ from kernels import choice
 from kernels.attention import attention, attention_reference, split_counters
 from kernels.formats import FORMATS
 from kernels.linear import Linear, QuantizedLinear
-from model import CONFIGS, KV_CACHES, ModelConfig, RMSNorm, Transformer, rotate, silu_mul
+from model import KV_CACHES, RMSNorm, Transformer, rotate, silu_mul
 from modes import parse_mode
 from random_weights import random_model
 from sampling import Sampling
@@ -137,9 +138,9 @@ def check_between(t: int = 70, d: int = 128, width: int = 4096) -> Iterator[dict
         given = qkv, angles.cos(), angles.sin(), position, x, weight, gate_up
         exact = tuple(tensor.float() if tensor.dtype == dtype else tensor for tensor in given)
         for kind in KV_CACHES:
-            choice.kernels("inductor")
+            choice.choose("inductor")
             want = between(exact, kind)
-            choice.kernels("triton")
+            choice.choose("triton")
 
             def error(given=given, kind=kind, want=want) -> float:
                 pairs = zip(between(given, kind), want, strict=True)
@@ -196,7 +197,7 @@ def wrong_rounds(model: Transformer, batch: int, t: int, kernels: str) -> tuple[
         (torch.zeros(batch, t, dtype=torch.int64, device=DEVICE),
          torch.arange(300 + 20 * i, 300 + 20 * i + batch, device=DEVICE)) for i in range(4)
     ]  # fmt: skip
-    choice.kernels(kernels)
+    choice.choose(kernels)
     outputs = []
     graph = graph_of([lambda pair=pair: outputs.append(model(*pair)) for pair in inputs])
     wrong, far = 0, 0.0
@@ -205,7 +206,7 @@ def wrong_rounds(model: Transformer, batch: int, t: int, kernels: str) -> tuple[
             tokens.random_(STEP_CONFIG.vocab_size)
         graph.replay()
         found = [output.clone() for output in outputs[-4:]]
-        choice.kernels("triton")
+        choice.choose("triton")
         same = True
         for output, pair in zip(found, inputs, strict=True):
             torch.cuda.synchronize()
@@ -260,7 +261,7 @@ def check_engine() -> Iterator[dict]:
     prompt = [[5 + i % 500 for i in range(600)]]  # chunks of two sizes
 
     def text(kernels: str, **settings) -> list[int]:
-        choice.kernels(kernels)
+        choice.choose(kernels)
         mode = parse_mode("int4", 32)
         model = random_model(CONFIGS["tiny"], mode, DEVICE, torch.float32)
         engine = Engine(model, Sampling(temperature=0), length=700, **settings)
@@ -325,7 +326,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: no GPU here; tests/test_cuda.py checks what can be without", file=sys.stderr)
         return 2
-    choice.kernels("triton")
+    choice.choose("triton")
     choice.load_triton()
     torch.set_grad_enabled(False)
     figures = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,

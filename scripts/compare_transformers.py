@@ -23,12 +23,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from backends import choose_kernels
+from config import CONFIGS, ModelConfig
 from engine import Engine
 from errors import Parser, UserError, check_device, check_outputs, cli, progress, write_json
 from graphs import COMPILE_MODES, configure_compiler, skipped_graphs
 from kernels.choice import KERNELS
 from measure import device_name, read_bandwidth
-from model import CONFIGS, ModelConfig
 from modes import parse_mode
 from random_weights import random_model
 from sampling import Sampling

@@ -73,7 +73,11 @@ class Header:
 
     def get(self, key: str, default: Any = None) -> Any:
         field = self.fields.get(key)
-        return default if field is None else field.contents()
+        try:
+            return default if field is None else field.contents()
+        except ValueError as error:
+            what = f"header field {key} cannot be read: {first_line(error)}"
+            raise GGUFError(f"{self.path}: {what}") from None
 
     def need(self, key: str, kind: type = int) -> Any:
         """The field `llama.<key>`, of the given type, or an error that names it."""
@@ -190,6 +194,8 @@ def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def check_tensors(header: Header, config: dict[str, Any]) -> list[Any]:
     """The tensors to convert; an error names one that is missing, unknown or misshapen."""
+    if (layers := config["num_hidden_layers"]) > len(header.tensors):
+        raise GGUFError(f"{header.path}: {layers} layers, but only {len(header.tensors)} tensors")
     expected = expected_shapes(config)
     tensors = [t for t in header.tensors if t.name != "rope_freqs.weight"]
     found = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in tensors}

@@ -14,11 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from config import CONFIGS
 from engine import Engine
 from errors import Parser, UserError, check_outputs, cli, processes, progress
 from graphs import configure_compiler
-from loading import add_cache_argument, add_model_arguments, load
-from model import CONFIGS
+from loading import add_cache_argument, add_model_arguments, load, model_flags
 from package import write_package
 from sampling import Sampling
 
@@ -47,7 +47,7 @@ def main() -> None:
     if processes() > 1:
         raise UserError("a package is for one process: leave torchrun out")
     begin = time.perf_counter()
-    model, mode, _ = load(args, args.random_weights)
+    model, mode, _ = load(**model_flags(args))
     configure_compiler(args.device)
     settings = {"batch": args.batch_size, "length": args.cache_size, "kv_cache": args.kv_cache}
     engine = Engine(model, Sampling(temperature=0), **settings)

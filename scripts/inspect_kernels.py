@@ -154,7 +154,7 @@ def step_launches(capability: int) -> Iterator[tuple[str, int, Launch]]:
 
 def between_launches() -> Iterator[tuple[str, int, Launch]]:
     """What cuda/between.py launches for a prompt of 128 tokens: Llama-3-8B."""
-    from kernels.cuda.between import keep_launch, rotate_launch, silu_mul_launch
+    from kernels.cuda.between import rotate_launch, silu_mul_launch, update_cache_launch
     from kernels.cuda.inputs import ready_launch
 
     q, k, v = empty(1, 128, 48, 128).split([32, 8, 8], dim=2)
@@ -170,7 +170,7 @@ def between_launches() -> Iterator[tuple[str, int, Launch]]:
     for dtype, kind in ((torch.bfloat16, "bf16"), (torch.int8, "int8")):
         cache = empty(1, 8, 4096, 128, dtype=dtype)
         scale = empty(1, 8, 4096, 1) if dtype == torch.int8 else None
-        launch = keep_launch(k, v, cache, cache, scale, scale, position)
+        launch = update_cache_launch(k, v, cache, cache, scale, scale, position)
         yield f"into the cache, {kind}", 128, launch
     yield "silu times up", 128, silu_mul_launch(empty(128, 2 * 14336), empty(128, 14336))
 

@@ -146,12 +146,12 @@ def main() -> int:
         return 2
     if args.kernels == "triton-pdl" and not overlaps():
         parser.error("--kernels triton-pdl needs compute capability 9.0")
-    choice.kernels(args.kernels)
+    choice.choose(args.kernels)
     choice.load_triton()
     torch.set_grad_enabled(False)
     if args.check:  # "KERNELS FORMAT N K"
         kernels, name, n, k = args.check.split()
-        choice.kernels(kernels)
+        choice.choose(kernels)
         write_json(
             args.json, {"checks": [judged(name, 1, partial(run_once, name, int(n), int(k)))]}
         )

@@ -21,10 +21,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from config import CONFIGS
 from errors import Parser, write_json
 from kernels import choice
 from kernels.formats import FORMATS
-from model import CONFIGS
 from scripts.cuda_units import graph_of, in_processes, judged
 from scripts.time_cuda import inputs, module_of, products, times
 
@@ -126,7 +126,7 @@ def main() -> int:
         parser.error(f"--formats {unknown[0]}: take bf16, {', '.join(FORMATS)}")
     if not torch.cuda.is_available():
         parser.error("no GPU here")
-    choice.kernels("triton")
+    choice.choose("triton")
     choice.load_triton()
     torch.set_grad_enabled(False)
     if args.check:  # "FORMAT ROWS N K"

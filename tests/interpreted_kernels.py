@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from calibration import CalibrationStream
+from config import ModelConfig
 from engine import Engine
 from kernels import choice
 from kernels.attention import attention, attention_reference, split_counters
 from kernels.formats import FORMATS
 from kernels.linear import Linear, QuantizedLinear
-from model import KV_CACHES, ModelConfig, RMSNorm, Transformer, rotate
+from model import KV_CACHES, RMSNorm, Transformer, rotate
 from sampling import Sampling
 from tests.test_formats import Codebook3, Uint8, quantized, random_weight, unlisted
 
@@ -33,7 +34,7 @@ TOLERANCE = {FP32: 2e-5, FP16: 1.5e-3, BF16: 1e-2}
 @pytest.fixture(scope="module", autouse=True)
 def triton():
     assert choice.interpreting()
-    choice.kernels("triton")
+    choice.choose("triton")
     choice.load_triton()
 
 
@@ -479,7 +480,7 @@ def test_between_products(monkeypatch):
 
     monkeypatch.setattr(check_cuda, "DEVICE", "cpu")
     ran = []
-    for name in ("rotate_launch", "silu_mul_launch", "keep_launch"):
+    for name in ("rotate_launch", "silu_mul_launch", "update_cache_launch"):
         own = getattr(between, name)
         monkeypatch.setattr(between, name, lambda *a, own=own: ran.append(own) or own(*a))
     for sizes in ((5, 24, 203), (2, 64, 1300)):
@@ -500,7 +501,8 @@ def test_slots_outside_of_the_cache_are_not_written():
 @pytest.mark.parametrize("t", [1, 3])
 def test_views_are_rotated_and_kept(t):
     """Of any strides; angles that are views, or the same for all of a batch."""
-    rotate, keep = (getattr(torch.ops.flatllama, f"triton_{name}") for name in ("rotate", "keep"))
+    ops = torch.ops.flatllama
+    rotate, update_cache = ops.triton_rotate, ops.triton_update_cache
     angles = torch.randn(2, 4 * t, 4)[:, ::2, None][:, :t]
     cut = torch.randn(64, 3, 8)[:2].unsqueeze(0).transpose(0, 1)  # its second stride means nothing
     swapped = torch.randn(t, 2, 3, 8).transpose(0, 1), torch.randn(2, t, 8, 3).transpose(2, 3)
@@ -510,7 +512,7 @@ def test_views_are_rotated_and_kept(t):
             want = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
             torch.testing.assert_close(rotate(x, cos, sin), want)
         caches = torch.zeros(2, 2, 3, t, 8).unbind()
-        keep(x, x, *caches, None, None, torch.arange(t).expand(2, t))
+        update_cache(x, x, *caches, None, None, torch.arange(t).expand(2, t))
         assert all(torch.equal(cache, x.transpose(1, 2)) for cache in caches)
     with pytest.raises(RuntimeError, match="expand"):
         rotate(torch.randn(3, t, 3, 8), angles, angles)
@@ -519,13 +521,13 @@ def test_views_are_rotated_and_kept(t):
 def test_calibration_sees_what_torch_computes():
     tokens, results = torch.randint(0, 150, (6, 20)), []
     for setting in ("triton", "inductor"):
-        choice.kernels(setting)
+        choice.choose(setting)
         model = random_model(FP32)
         stream = CalibrationStream(tokens, model.tok_embeddings.weight, model.config)
         for name in ("attention.wqkv", "attention.wo"):
             hessian = stream.statistics(model.layers[0], name).hessian
         results.append(hessian)
-    choice.kernels("triton")
+    choice.choose("triton")
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
@@ -569,9 +571,9 @@ def test_attention_of_new_tokens(case, kind, dtype=FP32):
         for norm, weight in zip(norms, weights, strict=True):
             norm.weight.copy_(weight)
         unturned = torch.cat([norms[0](unturned[:, :, :h]), norms[1](unturned[:, :, h:])], 2)
-    choice.kernels("inductor")
+    choice.choose("inductor")
     turned = rotate(unturned, *(x[position][:, :, None] for x in table)).to(dtype)
-    choice.kernels("triton")
+    choice.choose("triton")
     other.write(turned[:, :, h:], qkv[:, :, h + hkv :], position)
     names = ("k", "v", "k_scale", "v_scale")
     want_k, want_v, *want_scales = (getattr(other, name, None) for name in names)

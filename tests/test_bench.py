@@ -233,6 +233,8 @@ def test_random_weights(tmp_path):
         (["--random_weights", "tiny", "--text", "x"], "--random_weights"),
         (["--repeats", "0"], "at least 1"),
         (["--time_limit", "0"], "--time_limit 0"),
+        (["--limit", "1"], "--limit is of a text"),
+        (["--seq_length", "64"], "--seq_length is of a text"),
         (["--time_limit", "inf"], "--time_limit inf"),
         (["--threads", "-1"], "--threads -1: take 1 to"),
         (["start", "--package", "x.pt2", "--threads", "100000"], "--threads 100000: take 1 to"),

@@ -62,9 +62,7 @@ def test_latency_counts_recompilations(run, tmp_path):
 
 def test_policies_pad_differently(tiny):
     args = bench_serving.parse_args("latency", ["--max_prompt_tokens", "300"])
-    model = bench_serving.load(
-        bench_serving.parse_args("latency", ["--device", "cpu", "--checkpoint_path", str(tiny)])
-    )[0]
+    model = bench_serving.load(tiny)[0]
     chunks = {}
     for policy in bench_serving.POLICIES:
         engine = bench_serving.policy_engine(policy, model, args)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from calibration import LAYERS, CalibrationStream, InputStatistics, calibration_tokens
-from model import CONFIGS, Transformer
+from config import CONFIGS
+from model import Transformer
 from tokenizer import load_tokenizer
 
 
@@ -43,7 +44,8 @@ def linear_inputs(model, tokens):
 def test_statistics_by_definition():
     x = torch.randn(3, 50, 8)
     stats = InputStatistics.empty(8)
-    stats.add(x[0])
+    for piece in (x[0, :0], x[0], x[:, :0]):
+        stats.add(piece)
     stats.add(x[1:])  # [..., K], in unequal pieces
     flat = x.flatten(0, 1)
     assert stats.tokens == 150

@@ -9,8 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 
-from checkpoint import Writer, build_model, load_model, open_checkpoint, tensor_names
+from checkpoint import build_model, load_model, open_checkpoint, tensor_names
 from checkpoint_quantizer import CheckpointQuantizer
+from checkpoint_writer import Writer
 from errors import UserError
 from huggingface import config_from_hf
 from quantize import head_mode, parse_mode

@@ -242,6 +242,7 @@ def no_merges(writer: gguf.GGUFWriter) -> None:
         ({"arch": "qwen2"}, "architecture 'qwen2'"),
         ({"fields": {"expert_count": 8}}, "expert_count"),
         ({"fields": {"block_count": None}}, "block_count is None"),
+        ({"fields": {"block_count": 2**31}}, "2147483648 layers, but only"),
         ({"fields": {"attention.head_count": 0}}, "head_count is 0"),
         ({"fields": {"attention.head_count_kv": 5}}, "cannot share 5"),
         ({"fields": {"rope.dimension_count": 8}}, "partial rotary"),
@@ -262,6 +263,21 @@ def test_unsupported_files_are_named_and_leave_nothing(tmp_path, options, messag
         convert(source, tmp_path / "new" / "folder" / "out")
     assert "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_text_that_is_no_utf8(tmp_path):
+    source = write_gguf(tmp_path / "m.gguf", tiny())
+    whole = source.read_bytes()
+    assert whole.count(b"llama.block_count") == 1
+    source.write_bytes(
+        whole.replace(
+            b"general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0llama",
+            b"general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0l\xffama",
+        )
+    )
+    assert source.read_bytes() != whole
+    with pytest.raises(GGUFError, match=r"general\.architecture cannot be read"):
+        convert(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("kept", [0, 3, 100, 2000, -200])

@@ -34,9 +34,9 @@ COMPILED = [  # what inspect_kernels.py's `cases` calls them, rows of x
 
 @pytest.fixture
 def setting():
-    before = choice.kernels()
+    before = choice.chosen()
     yield
-    choice.kernels(before)
+    choice.choose(before)
 
 
 def test_against_the_references_under_the_interpreter():
@@ -124,7 +124,7 @@ def test_dependent_launch(name, setting):
 
     choice.load_triton()
     for kernels in ("triton", "triton-pdl"):
-        choice.kernels(kernels)
+        choice.choose(kernels)
         launch = next(launch for what, _, launch in inspect_kernels.cases(90) if what == name)
         _, lines = inspect_kernels.disassemble(launch.compile(90).asm["cubin"])
         opcodes = inspect_kernels.opcodes(lines)
@@ -172,9 +172,9 @@ def test_choice(setting):
         with pytest.raises(UserError, match="needs a GPU"):
             choose_kernels(name, "cpu")
     choose_kernels("inductor", "cpu")
-    assert choice.kernels() == "inductor" and not choice.triton_on(torch.device("cpu"))
+    assert choice.chosen() == "inductor" and not choice.triton_on(torch.device("cpu"))
     with pytest.raises(ValueError):
-        choice.kernels("fast")
+        choice.choose("fast")
 
 
 def test_lanes():

@@ -6,11 +6,12 @@ import dataclasses
 import pytest
 import torch
 
+from config import CONFIGS
 from engine import Engine, greedy_step
 from graphs import compiled_graphs
 from kernels.decode import cpp_forward
 from kernels.formats import FORMATS
-from model import CONFIGS, Transformer
+from model import Transformer
 from quantize import quantize_
 from sampling import Sampling
 

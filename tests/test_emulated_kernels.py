@@ -18,7 +18,7 @@ def gpu(request, monkeypatch):
     """Whatever the kernels are asked to do on the CPU is run as that GPU would."""
     from scripts.ptx.run import emulate
 
-    before = choice.kernels()
+    before = choice.chosen()
     choice.load_triton()
     from kernels.cuda import launch
 
@@ -30,9 +30,9 @@ def gpu(request, monkeypatch):
     seed = itertools.count(first)
     run = lambda self: emulate(self, request.param, next(seed))  # noqa: E731
     monkeypatch.setattr(launch.Launch, "run", run)
-    choice.kernels("triton")
+    choice.choose("triton")
     yield request.param
-    choice.kernels(before)
+    choice.choose(before)
 
 
 @pytest.mark.parametrize("name", cases.MAIN)

@@ -91,6 +91,24 @@ def test_logits_that_are_no_numbers_are_refused(tmp_path):
         Engine(model, GREEDY, length=64).generate([[1, 2, 3]], 5)
 
 
+@pytest.mark.parametrize("kv_cache", ["bf16", "int8"])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0)], ids=["greedy", "sampled"])
+def test_numbers_that_fail_later_are_seen(tmp_path, kv_cache, sampling):
+    """The prompt's logits are finite; a token of the answer is not, and what it gives is an EOS."""
+    model, prompt = tiny_model(tmp_path, tie_word_embeddings=False), [[1, 2, 3]]
+    engine = Engine(model, sampling, length=64, kv_cache=kv_cache)
+    first = engine.generate(prompt, 1).token_ids[0][0]
+    engine.generator.manual_seed(0)
+    model.tok_embeddings.weight.data[first] = float("nan")
+    engine = Engine(model, sampling, length=64, kv_cache=kv_cache)
+    for eos, count in ((set(), 5), (set(range(200)) - {first}, 9), (set(), 2)):
+        engine.generator.manual_seed(0)
+        with pytest.raises(UserError, match="no numbers"):
+            engine.generate(prompt, count, eos)
+    engine.generator.manual_seed(0)
+    engine.generate(prompt, 1)  # which is not run
+
+
 def test_compiling_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setattr(native, "find_compiler", lambda: None)
     with pytest.raises(UserError, match="install g"):

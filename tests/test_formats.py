@@ -7,6 +7,8 @@ import torch
 
 import checkpoint as ckpt
 from calibration import InputStatistics
+from checkpoint_writer import VERSION, Writer
+from config import ModelConfig
 from errors import UserError
 from gptq import gptq
 from kernels import aten, codebook4, native, uint
@@ -15,8 +17,7 @@ from kernels.coded import CodedLinear
 from kernels.formats import FORMATS
 from kernels.fpx import FLOAT_FORMATS, float_values
 from kernels.packing import packed_size
-from model import ModelConfig
-from modes import parse_mode
+from modes import make_grid, parse_mode, quantize_linear
 
 SHAPES = [(203, 50), (96, 33), (5, 3)]  # K, N
 ROWS = (1, 2, 7, 16, 17, 100, 513)
@@ -302,8 +303,8 @@ def test_checkpoint_round_trip_bit_for_bit(name, tmp_path):
         model.set_submodule(key, quantized(name, random_weight(*shape, seed=i))[0])
     state = model.state_dict()
     specs = {key: (t.dtype, list(t.shape)) for key, t in state.items()}
-    header = {"version": ckpt.VERSION, "mode": name, "layers": layers, "config": config.to_dict()}
-    with ckpt.Writer(tmp_path / "m.safetensors", specs, header) as writer:
+    header = {"version": VERSION, "mode": name, "layers": layers, "config": config.to_dict()}
+    with Writer(tmp_path / "m.safetensors", specs, header) as writer:
         for key, tensor in state.items():
             writer.write(key, tensor)
     opened = ckpt.open_checkpoint(tmp_path / "m.safetensors")
@@ -387,6 +388,31 @@ def test_format_without_a_product_runs(cls, capsys):
         x = torch.randn(rows, 300)
         want = x.double() @ weight.t() + module.bias.double()
         assert (module(x) - want).norm() / want.norm() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["fpx-5-1", "fpx-5-2", "fp6", "float8"])
+@pytest.mark.parametrize("size", [1e-3, 1e-2, 1.0, 1e4])
+def test_small_floats_of_fp16_models(name, size):
+    """Scales that fp16 holds only roughly, or not at all, cost no more than rounding does."""
+    w = torch.rand(16, 512, generator=torch.Generator().manual_seed(0)) * 2 * size - size
+    errors = []
+    for dtype in (torch.float32, torch.float16):
+        grid = make_grid(parse_mode(name), 512, dtype)
+        params = grid.fit(w)
+        assert (params["scales"] > 0).all()
+        errors.append((grid.decode_all(grid.round_to_nearest(w, params), params) - w).norm())
+    assert errors[1] < 1.05 * errors[0]
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if FORMATS[name].bits == 8])
+def test_a_single_row_of_columns_first(name):
+    """As GPTQ leaves codes: of one row strides of 1 count as contiguous."""
+    linear, x = torch.nn.Linear(64, 1, bias=False), torch.randn(3, 64)
+    layer = quantize_linear(linear, parse_mode(name))
+    expected = x @ layer.dequantize().t()
+    layer.weight = layer.weight.t().contiguous().t()
+    layer.repack()
+    assert (layer(x) - expected).norm() < 0.1 * expected.norm()
 
 
 def test_fp6_values():

@@ -193,8 +193,8 @@ def test_rows_that_have_ended_make_no_tokens():
 def test_a_float_mode_is_the_dtype(run, tiny, tmp_path, monkeypatch, name):
     out, load, dtypes = tmp_path / "out.json", generate.load, []
 
-    def spied(*args):
-        model, *rest = load(*args)
+    def spied(**flags):
+        model, *rest = load(**flags)
         dtypes.append(model.layers[0].attention.wo.weight.dtype)
         return model, *rest
 

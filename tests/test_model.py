@@ -6,7 +6,8 @@ import transformers
 from tiny import save_tiny
 
 from checkpoint import load_model, open_checkpoint
-from model import CONFIGS, Int8KVCache, ModelConfig, Transformer, rope_frequencies
+from config import CONFIGS, ModelConfig
+from model import Int8KVCache, Transformer, rope_frequencies
 
 ZERO = torch.zeros(1, dtype=torch.int64)
 LLAMA3_ROPE = {

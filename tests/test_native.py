@@ -477,7 +477,7 @@ def test_settled_weights_lie_one_after_another():
     layers = [Linear(128, 64, bias=False) for _ in range(3)]
     before = [layer.weight.detach().clone() for layer in layers]
     for layer in layers:
-        native.settle(layer)
+        native.to_huge_pages(layer)
     for layer, weight in zip(layers, before, strict=True):
         assert torch.equal(layer.weight, weight)
     places = [layer.weight.data_ptr() for layer in layers]

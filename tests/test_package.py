@@ -10,10 +10,10 @@ import pytest
 import torch
 from tiny_text import save_tiny_with_tokenizer
 
+from config import CONFIGS
 from engine import Engine
 from errors import UserError
 from kernels import choice
-from model import CONFIGS
 from modes import parse_mode
 from package import Package, compiler_said, write_package
 from random_weights import random_model
@@ -33,11 +33,11 @@ def make_engine(sampling: Sampling, kv_cache: str = "int8", seed: int = 3, **set
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
     """A package of the tiny model that needs no compiler to run: Inductor's kernels only."""
-    choice.kernels("inductor")
+    choice.choose("inductor")
     path = tmp_path_factory.mktemp("package") / "tiny.pt2"
     write_package(make_engine(Sampling(temperature=0)), path, print)
     yield path
-    choice.kernels("auto")
+    choice.choose("auto")
 
 
 def run(engine: Engine) -> list[int]:

@@ -5,11 +5,11 @@ import torch
 
 from checkpoint import build_model
 from checkpoint_quantizer import linear_names
+from config import CONFIGS
 from engine import Engine
 from errors import UserError
 from measure import step_bytes
 from measure import weight_bytes as measured_bytes
-from model import CONFIGS
 from modes import head_mode, parse_mode
 from predict import (
     DEVICES,

@@ -1,6 +1,7 @@
 """quantize.py: modes, in-place quantization of any module, the command line."""
 
 import copy
+import io
 import json
 import os
 import resource
@@ -17,11 +18,12 @@ from torch import nn
 
 import quantize
 from checkpoint import open_checkpoint, repack
+from config import CONFIGS
 from engine import Engine
 from errors import UserError
 from huggingface import config_from_hf, hf_names
 from kernels.formats import FORMATS
-from model import CONFIGS, Transformer
+from model import Transformer
 from modes import head_mode, mode_names, parse_mode
 from quantize import quantize_, quantize_linear
 from random_weights import random_model
@@ -117,6 +119,47 @@ def test_a_single_layer_and_a_single_row(mode, repack):
 def test_what_no_format_takes_is_refused():
     with pytest.raises(UserError, match=r"torch\.float64: convert it"):
         quantize_(nn.Sequential(nn.Linear(8, 8).double()), "int8")
+    for layer, why in (
+        (nn.MultiheadAttention(8, 2), "layer 'out_proj' is of nn.Multi"),
+        (nn.Sequential(nn.LazyLinear(8)), "layer '0' has no weights"),
+        (nn.Linear(8, 8, device="meta"), "has no weights"),
+        (nn.Linear(8, 0), "empty"),
+    ):
+        with pytest.raises(UserError, match=why):
+            quantize_(layer, "int8")
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "awq"])
+@torch.no_grad()
+def test_experts_that_a_call_gives_nothing(algorithm):
+    """Each sees its share of the tokens, and its input by name."""
+
+    class Experts(nn.ModuleList):
+        def forward(self, x, choice):
+            y = x.clone()
+            for i, expert in enumerate(self):
+                y[choice == i] = expert(input=x[choice == i])
+            return y
+
+    model, x = Experts(nn.Linear(32, 32) for _ in range(2)), torch.randn(60, 32)
+    expected = model(x, torch.arange(60) % 2)
+    inputs = [(x[i : i + 1], torch.tensor([i % 2])) for i in range(60)]
+    y = quantize_(model, f"int4-{algorithm}", 32, inputs=inputs)(x, torch.arange(60) % 2)
+    assert 0 < (y - expected).norm() < 0.2 * expected.norm()
+    with pytest.raises(UserError, match="reach every linear layer"):
+        quantize_(nn.Linear(8, 8), f"int4-{algorithm}", 32, inputs=[(torch.zeros(0, 8),)])
+    with pytest.raises(UserError, match="NaN or inf"):
+        quantize_(nn.Linear(8, 8), f"int4-{algorithm}", 32, inputs=[(torch.ones(9, 8) / 0,)])
+
+
+@pytest.mark.parametrize("name", [*FORMATS])
+def test_modules_can_be_pickled(name):
+    layer, x = quantize_(nn.Linear(64, 8), name, repack=False), torch.randn(2, 64)
+    expected = layer(x)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), expected)
 
 
 @pytest.mark.parametrize("name", [*FORMATS])
@@ -176,7 +219,7 @@ def test_a_failing_input_leaves_no_hooks():
 def test_rows_in_chunks_equal_one_piece(monkeypatch):
     linear = nn.Linear(100, 57, dtype=torch.bfloat16)
     whole = quantize_linear(linear, parse_mode("int4", 32))
-    monkeypatch.setattr("modes.CHUNK", 700)
+    monkeypatch.setattr("kernels.packing.AT_ONCE", 700)
     for a, b in zip(whole.buffers(), quantize_linear(linear, parse_mode("int4", 32)).buffers(),
                     strict=True):  # fmt: skip
         assert torch.equal(a, b)
@@ -249,6 +292,8 @@ def test_flags_that_a_mode_does_not_take(monkeypatch, flags, refused):
         (["--checkpoint_path", "nowhere"], "no checkpoint at nowhere"),
         (["--device", "cuda:99"], "no device"),
         (["--mode", "int4-gptq", "--percdamp", "-1"], "GPTQ needs percdamp >= 0"),
+        (["--mode", "int8dq-smooth", "--alpha", "3"], "SmoothQuant takes 0 to 1"),
+        (["--mode", "int4-awq", "--calibration_seq_length", "9999"], "--calibration_seq_length 9"),
         (["--output", "missing-folder/x.safetensors"], "cannot write"),
         (["--mode", "fp16", "--lm_head", "int8"], "leave --lm_head out"),
         (["--mode", "int4-gptq", "--seed", str(2**64)], "takes 64 bits"),

@@ -42,8 +42,9 @@ def test_extreme_uniforms_stay_in_range():
     logits = torch.tensor([[0.0, float("-inf"), 1.0]])
     for u in (0.0, 1 - 2**-24):
         assert sample(logits, torch.tensor([u]), Sampling(1.0, 0)).item() in (0, 2)
-    p, _ = probabilities(torch.zeros(1, 3), Sampling(1.0, 0, top_p=1e-6))
-    assert (p > 0).sum() == 1
+    for top_p in (1e-6, 1e-300):  # which is 0 in fp32
+        p, _ = probabilities(torch.zeros(1, 3), Sampling(1.0, 0, top_p=top_p))
+        assert (p > 0).tolist() == [[True, False, False]]
 
 
 @pytest.mark.parametrize("top_k, top_p, min_p", [(40, 0.8, 0.05), (0, 0.6, 0.0), (7, 1.0, 0.2)])

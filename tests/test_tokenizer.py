@@ -398,6 +398,19 @@ def test_unsupported_files_are_named(tmp_path, changes, message):
     assert "\n" not in str(caught.value) and "tokenizer.json" in str(caught.value)
 
 
+@pytest.mark.parametrize("wrong", [None, 0.5, -1, "7"])
+@pytest.mark.parametrize("where", ["vocab", "added"])
+def test_ids_that_are_no_whole_numbers_are_refused(tmp_path, where, wrong):
+    config = small_json(added_tokens=[{"id": 4, "content": "<4>", "special": True}])
+    if where == "vocab":
+        config["model"]["vocab"][next(iter(config["model"]["vocab"]))] = wrong
+    else:
+        config["added_tokens"][0]["id"] = wrong
+    (tmp_path / "tokenizer.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="no whole number"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

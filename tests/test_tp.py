@@ -18,11 +18,11 @@ from tiny import save_tiny
 import checkpoint as ckpt
 import tp
 from checkpoint_quantizer import CheckpointQuantizer
+from config import CONFIGS
 from engine import Engine
 from errors import UserError
 from kernels import native
 from kernels.formats import FORMATS
-from model import CONFIGS
 from modes import parse_mode, quantize_linear
 from random_weights import random_model
 from sampling import Sampling

@@ -375,7 +375,7 @@ static void round_float8(float* x, int64_t m, int64_t kpad, float* scales) {
 
 // Mode 1: s = (high - low) / 255 with low <= 0 <= high, z = -128 - round(low / s); what is left in x
 // is clamp(round(x / s) + z) - z.
-void round_rows(float* x, int64_t m, int64_t k, int64_t kpad, int mode, float* scales) {
+void round_rows(float* x, int64_t m, int64_t kpad, int mode, float* scales) {
   if (mode == 3) return round_float8(x, m, kpad, scales);
   if (mode == 2) {
     for (int64_t r = 0; r < m; r++) round_float8(x + r * kpad, 1, kpad, scales + r);

@@ -133,9 +133,9 @@ void read_coded(Coded& c, const void* x, int64_t activations, Meets how, char* s
       float* rows = wide + i * a.kpad;
       kernels().widen_rows(row_of_x(i), a.type, j - i, a.k, a.kpad, false, rows);
       if (activations && apart)
-        kernels().round_rows(rows, j - i, a.k, a.kpad, int(activations), scales + i);
+        kernels().round_rows(rows, j - i, a.kpad, int(activations), scales + i);
     });
-  if (!apart) kernels().round_rows(wide, a.m, a.k, a.kpad, int(activations), scales);
+  if (!apart) kernels().round_rows(wide, a.m, a.kpad, int(activations), scales);
   if (activations) a.xs = scales;
   if (how == Meets::fp32) {
     if (sums) sum_groups(a, sums);

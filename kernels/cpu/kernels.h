@@ -101,7 +101,7 @@ struct Kernels {
   void (*bf16_panels)(const Coded& c, Format, int64_t panel0, int64_t panel1);
   // rows of fp32 x [m, kpad] in place, and their scales [m]; mode 1: to integers of a span of 255;
   // 2: to e4m3; 3: to e4m3, all rows with one scale
-  void (*round_rows)(float* x, int64_t m, int64_t k, int64_t kpad, int mode, float* scales);
+  void (*round_rows)(float* x, int64_t m, int64_t kpad, int mode, float* scales);
   void (*coded_tiles)(const Coded&, int64_t tile0, int64_t tile1);
   // x in 16 bits, of sparse codes both bytes plus 128; null where coded_tiles is as fast
   void (*plane_pairs)(const Coded&, int64_t tile0, int64_t tile1);

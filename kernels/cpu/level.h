@@ -18,7 +18,7 @@ void int4dq_tiles(const Linear&, int64_t tile0, int64_t tile1);
 void int4_panel(const Linear&, int64_t tile, int64_t k0, int64_t k1, float* out);
 void panels(const Coded&, Format, int64_t panel0, int64_t panel1, float* scratch);
 void bf16_panels(const Coded&, Format, int64_t panel0, int64_t panel1);
-void round_rows(float* x, int64_t m, int64_t k, int64_t kpad, int mode, float* scales);
+void round_rows(float* x, int64_t m, int64_t kpad, int mode, float* scales);
 void coded_tiles(const Coded&, int64_t tile0, int64_t tile1);
 void plane_pairs(const Coded&, int64_t tile0, int64_t tile1);
 void sparse_pairs(const Coded&, int64_t tile0, int64_t tile1);

@@ -77,7 +77,7 @@ def rotated(x, rows, norm, eps, angles, cos, sin, d, D, mask):
 
 
 @triton.jit
-def keep(x, cache, scales, lines, d, D, ok, mask):
+def store_slots(x, cache, scales, lines, d, D, ok, mask):
     """Rows x [R, BLOCK_D] into lines [R] of a cache; one with scales is int8."""
     if scales is not None:
         x = x.to(tl.float32)
@@ -104,9 +104,9 @@ def insert(
     mask = ok[:, None] & (d < D)[None, :]
     rows = at + token.to(tl.int64) * stride
     keys = rotated(new_k, rows, norm, eps, slot, cos, sin, d, D, mask)
-    keep(keys, k, k_scale, line + slot, d, D, ok, mask)
+    store_slots(keys, k, k_scale, line + slot, d, D, ok, mask)
     values = tl.load(new_v + rows[:, None] + d[None, :], mask=mask, other=0)
-    keep(values, v, v_scale, line + slot, d, D, ok, mask)
+    store_slots(values, v, v_scale, line + slot, d, D, ok, mask)
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """What lies between the products of many rows, each as one kernel, where torch takes several.
 
-    rms_norm     x / rms(x) * weight
-    rotate       the rotary embedding
-    keep         keys and values into the cache, rounded to int8 where it is int8
-    silu_mul     silu(gate) * up
+    rms_norm       x / rms(x) * weight
+    rotate         the rotary embedding
+    update_cache   keys and values into the cache, rounded to int8 where it is int8
+    silu_mul       silu(gate) * up
 
 Modules run them eagerly; torch.compile is left the formulas, which it fuses with their neighbours.
 rms_norm rounds as torch does, the others once, at the end. There is no backward pass.
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cuda.attention import keep
+from kernels.cuda.attention import store_slots
 from kernels.cuda.common import wait_for_others
 from kernels.cuda.inputs import ready_launch
 from kernels.cuda.launch import Launch
@@ -41,7 +41,7 @@ def rotate(x, cos, sin, out, stride, D, pairs, BLOCK: tl.constexpr, PDL: tl.cons
 
 
 @triton.jit
-def keep_rows(
+def update_cache(
     k, v, k_cache, v_cache, k_scale, v_scale, position, k_stride, v_stride, T, S, D, heads,
     HEADS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -53,9 +53,9 @@ def keep_rows(
     ok = (h < heads) & (slot >= 0) & (slot < S)
     mask, at = ok[:, None] & (d < D)[None, :], h[:, None] * D + d[None, :]
     keys = tl.load(k + m * k_stride + at, mask=mask, other=0)
-    keep(keys, k_cache, k_scale, lines, d, D, ok, mask)
+    store_slots(keys, k_cache, k_scale, lines, d, D, ok, mask)
     values = tl.load(v + m * v_stride + at, mask=mask, other=0)
-    keep(values, v_cache, v_scale, lines, d, D, ok, mask)
+    store_slots(values, v_cache, v_scale, lines, d, D, ok, mask)
 
 
 @triton.jit
@@ -88,11 +88,11 @@ def rotate_launch(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Launch:
     return Launch(rotate, grid, arguments, {"BLOCK": BLOCK}, {"num_warps": 4})
 
 
-def keep_launch(
+def update_cache_launch(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None,
     v_scale: Tensor | None, position: Tensor,
 ) -> Launch:  # fmt: skip
-    """See `triton_keep`."""
+    """See `triton_update_cache`."""
     (b, t, heads, d), (k, k_stride), (v, v_stride) = k.shape, rows_of(k), rows_of(v)
     arguments = {
         "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale,
@@ -100,7 +100,7 @@ def keep_launch(
         "T": t, "S": k_cache.shape[2], "D": d, "heads": heads,
     }  # fmt: skip
     constants = {"HEADS": triton.next_power_of_2(heads), "BLOCK_D": triton.next_power_of_2(d)}
-    return Launch(keep_rows, (b * t,), arguments, constants, {"num_warps": 4})
+    return Launch(update_cache, (b * t,), arguments, constants, {"num_warps": 4})
 
 
 def silu_mul_launch(x: Tensor, out: Tensor) -> Launch:
@@ -132,9 +132,9 @@ def triton_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @torch.library.custom_op(
-    "flatllama::triton_keep", mutates_args=("k_cache", "v_cache", "k_scale", "v_scale")
+    "flatllama::triton_update_cache", mutates_args=("k_cache", "v_cache", "k_scale", "v_scale")
 )
-def triton_keep(
+def triton_update_cache(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None,
     v_scale: Tensor | None, position: Tensor,
 ) -> None:  # fmt: skip
@@ -144,7 +144,7 @@ def triton_keep(
     """
     if k.numel():
         position = position.contiguous()
-        keep_launch(k, v, k_cache, v_cache, k_scale, v_scale, position).run()
+        update_cache_launch(k, v, k_cache, v_cache, k_scale, v_scale, position).run()
 
 
 @torch.library.custom_op("flatllama::triton_silu_mul", mutates_args=())
@@ -167,7 +167,7 @@ def _(x, cos, sin):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@triton_keep.register_fake
+@triton_update_cache.register_fake
 def _(k, v, k_cache, v_cache, k_scale, v_scale, position):
     return None
 

@@ -43,7 +43,7 @@ class Launch:
         """What `triton.compile` takes; specialized like a run: ones, and multiples of 16."""
         signature, constants, attributes = {}, dict(self.constants), {}
         for i, (name, value) in enumerate(self.arguments.items()):
-            if value is None or value is True or (isinstance(value, int) and value == 1):
+            if value is None or (isinstance(value, int) and value == 1):
                 signature[name], constants[name] = "constexpr", value
             elif isinstance(value, Tensor):
                 signature[name] = "*" + DTYPE_NAMES[value.dtype]

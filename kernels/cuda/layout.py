@@ -23,19 +23,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.packing import unpack
+from kernels.packing import row_chunks, unpack
 
 LANES, SLOTS = 32, 8
 CHUNK = LANES * SLOTS  # columns
 PLANES = {4: torch.int32, 2: torch.int16, 1: torch.int8}  # binary digit of `bits`: a lane's type
-PANEL = 2**22  # codes that are rearranged at a time
 DEQUANTIZE_ROWS = 512  # of x: from here on the weight is dequantized and the library multiplies
 
 
 def lane_planes(packed: Tensor, bits: int, columns: int) -> list[Tensor | None]:
     """Packed codes (packing.py) [N, C] of K `columns` -> planes [N, 32 ceil(K / 256)] or None."""
-    step = max(1, PANEL // columns)
-    parts = [_planes(unpack(p, bits, columns), bits) for p in packed.split(step)]
+    chunks = row_chunks(len(packed), columns)
+    parts = [_planes(unpack(packed[rows], bits, columns), bits) for rows in chunks]
     return [None if p[0] is None else torch.cat(p) for p in zip(*parts, strict=True)]
 
 

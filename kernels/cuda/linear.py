@@ -81,7 +81,7 @@ class Product:
             "ZERO": self.zero, "GROUP": self.group, "INNER": self.inner,
         }  # fmt: skip
 
-    def ways(self, block_m: int) -> dict:
+    def shortcuts(self, block_m: int) -> dict:
         """LATE and PAIRS, see products.matmul. Groups that fill no slots take neither way."""
         g = self.group
         whole_slots = g == 0 or (g % LANES == 0 and (CHUNK % g == 0 or g % CHUNK == 0))
@@ -114,7 +114,7 @@ def blocks(product: Product, items: tuple[int, ...], shared: int) -> tuple[dict,
     large = large_tiles(product, row, shared)
     sizes = (8, 16, 32, 64) if laned and not large else (8, 16, 32, 64, 128)
     block_m = next((b for b in sizes if b >= product.rows), sizes[-1])
-    if product.kind == "table" and not product.ways(block_m)["PAIRS"]:
+    if product.kind == "table" and not product.shortcuts(block_m)["PAIRS"]:
         # look-ups in memory want registers, and would be staged like weights
         block_n, warps, stages = 64, 4, 1
     elif block_m > 16:
@@ -133,7 +133,8 @@ def blocks(product: Product, items: tuple[int, ...], shared: int) -> tuple[dict,
     constants |= {
         "BLOCK_N": block_n, "BLOCK_M": block_m, "STAGES": stages,
         "INTEGER": product.dtype == torch.int8, "INTERPRET": interpreting(),
-        "EVEN": product.k % (constants["SLOTS"] * constants["J"]) == 0, **product.ways(block_m),
+        "EVEN": product.k % (constants["SLOTS"] * constants["J"]) == 0,
+        **product.shortcuts(block_m),
     }  # fmt: skip
     # asked for no number of registers the assembler at times takes 128 and spills the rest
     return constants, {"num_warps": warps, "num_stages": stages, "maxnreg": 255}

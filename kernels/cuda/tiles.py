@@ -24,7 +24,7 @@ and their sums are not stored.
 import triton
 import triton.language as tl
 
-from kernels.cuda.layout import PIECES
+from kernels.cuda.layout import CHUNK, PIECES
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def same_group(slot, GROUP, J):
     """Whether all columns of this slot lie in the group of all those of the slot before."""
     if slot == 0 or GROUP == 0:
         return GROUP == 0
-    whole = 256 % GROUP == 0 or GROUP % 256 == 0
+    whole = CHUNK % GROUP == 0 or GROUP % CHUNK == 0
     return whole and GROUP % J == 0 and (slot * J) % GROUP != 0
 
 
@@ -151,7 +151,7 @@ def group_ends(slot, SLOTS, GROUP, J):
 @triton.constexpr_function
 def odd_group(slot, GROUP, J):
     """0 or 1 where it is known whether the number of a slot's group is odd, else None."""
-    if GROUP == 0 or 128 % GROUP or GROUP % J:
+    if GROUP == 0 or CHUNK % (2 * GROUP) or GROUP % J:  # a chunk begins with an even group
         return None
     return slot * J // GROUP % 2
 
