@@ -167,7 +167,7 @@ def make_entries(args: argparse.Namespace, folder: Path) -> list[Entry]:
         raise UserError(f"{source.path} is quantized already: give the source model's directory")
     if args.text and args.seq_length > source.config.max_positions:
         limit = source.config.max_positions
-        raise UserError(f"windows of {args.seq_length} tokens do not fit a context of {limit}")
+        raise UserError(f"--seq_length {args.seq_length}: the model's context is {limit}")
     return [
         files.pop(0) if isinstance(mode, Path)
         else checkpoint_entry(source, mode, folder, args.device)

@@ -102,6 +102,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     partial = target.with_name(f".{os.getpid()}.partial.{target.name}")  # the suffix may matter
     try:
         yield partial
+        if not partial.exists() and target.parent.is_dir():  # torch's traces fail in silence
+            raise UserError(f"cannot write {path}: is the disk full?")
         os.replace(partial, target)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
