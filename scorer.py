@@ -36,8 +36,8 @@ class Scorer:
     ):
         if length > model.config.max_positions:
             limit = model.config.max_positions
-            raise UserError(f"windows of {length} tokens do not fit the model's context of {limit}: "
-                            "give a --seq_length")  # fmt: skip
+            raise UserError(f"windows of {length} tokens: the model's context is {limit}, give a "
+                            "shorter --seq_length")  # fmt: skip
         self.batch, self.device = batch, model.tok_embeddings.weight.device
         least = min(rows, FEW_ROWS)
         self.chunk = min(max(rows // batch, least), -(-length // least) * least)
