@@ -274,21 +274,21 @@ class Engine:
             first_token_s = time.perf_counter() - begin
             clock.mark()
             self._decode(token, start, u[1:], rows, clock)
-        self._check_keys(prompts, rows.token_ids, max_new_tokens)
+        lengths = [(len(p), len(n)) for p, n in zip(prompts, rows.token_ids, strict=True)]
+        # A row that has ended has run its last token; one of `max_new_tokens` has not.
+        self.check_keys([p + n - 1 - (n == max_new_tokens) for p, n in lengths])
         # The newest token was sampled but never run: its slot is not filled yet.
         self.cached = [*prompts[0], *rows.token_ids[0]][:-1] if self.batch == 1 else []
         return Result(rows.token_ids, max(map(len, prompts)), first_token_s, clock.intervals())
 
-    def _check_keys(self, prompts: list[list[int]], new: list[list[int]], limit: int) -> None:
-        """A UserError where a key of the last token that was run is NaN.
+    def check_keys(self, slots: list[int]) -> None:
+        """A UserError where a key in a row's slot, of the last token that it has run, is NaN.
 
-        NaN goes on to the keys of all later layers and tokens. (What arises behind the keys of the
-        last layer is not seen.)
+        NaN goes on to the keys of all later layers and tokens. Not seen is what arises behind the
+        keys of the last layer, and in an int8 cache on a GPU, whose scales drop NaN.
         """
-        # A row that has ended has run its last token; one of `limit` new tokens has not.
-        slots = [len(p) + len(n) - 1 - (len(n) == limit) for p, n in zip(prompts, new, strict=True)]
         cache = self.model.layers[-1].attention.kv_cache
-        keys = getattr(cache, "k_scale", cache.k)  # int8 has no NaN, its scales do
+        keys = getattr(cache, "k_scale", cache.k)  # int8 has no NaN
         last = keys[torch.arange(len(slots)), :, torch.tensor(slots)]  # [B, H_kv, D or 1]
         if not last.sum(dtype=torch.float32).isfinite():
             raise UserError("keys that are no numbers: a weight is NaN or inf, or fp16 overflows")
@@ -328,7 +328,8 @@ class Engine:
         if not all(prompts):
             raise UserError("empty prompt: give at least one token")
         lowest, highest = min(map(min, prompts)), max(map(max, prompts))
-        if lowest < 0 or highest >= (vocab := self.model.config.vocab_size):
+        vocab = self.model.config.vocab_size
+        if lowest < 0 or highest >= vocab:
             raise UserError(f"tokens {lowest} to {highest} for a vocabulary of {vocab}")
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}: must be at least 1")

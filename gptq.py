@@ -84,8 +84,8 @@ def check(
 ) -> None:
     """A UserError for options of `gptq` that make no sense; the rest of them always do."""
     if not 0 <= percdamp < math.inf or clip_steps < 1 or refinements < 0 or blocksize < 1:
-        raise UserError("GPTQ needs percdamp >= 0 (finite), refinements >= 0, and at least 1 of "
-                        "clip_steps and blocksize")  # fmt: skip
+        raise UserError("GPTQ needs percdamp >= 0 (finite), clip_steps >= 1, refinements >= 0 and "
+                        "blocksize >= 1")  # fmt: skip
 
 
 @torch.no_grad()

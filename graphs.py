@@ -35,7 +35,8 @@ def one_graph(step: Callable, mode: str | None, dynamic: bool = False) -> Callab
     anew.
     """
     torch._dynamo.config.recompile_limit = 2**20
-    torch.compiler.config.cache_key_tag = operators_tag()
+    if (tag := operators_tag()) not in torch.compiler.config.cache_key_tag:
+        torch.compiler.config.cache_key_tag += tag
     return torch.compile(step, mode=mode, fullgraph=True, dynamic=dynamic)
 
 

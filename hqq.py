@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from errors import UserError
 from kernels.linear import Grid, Params, QuantizedLinear
 
 __version__ = "0"  # transformers takes any module of this name for the package hqq, and asks
@@ -37,6 +38,13 @@ def shrink(x: Tensor, beta: float, p: float) -> Tensor:
     """The proximal step of |x|^p: small entries become 0, large ones a little smaller."""
     magnitude = x.abs()
     return x.sign() * F.relu(magnitude - magnitude.clamp(min=1e-8) ** (p - 1) / beta)
+
+
+def check(steps: int = 1, ranges: int = 1, **rest: float) -> None:
+    """A UserError for options of `hqq` that make no sense; of p, beta, growth, lowest any number is
+    tried."""
+    if steps < 1 or ranges < 1:
+        raise UserError("HQQ needs steps >= 1 and ranges >= 1")
 
 
 @torch.no_grad()
@@ -59,6 +67,7 @@ def hqq(
         steps: at most so many; they end when the mean error stops falling.
         ranges: how many ranges to start from, 1 down towards `lowest` times the full one.
     """
+    check(steps, ranges)
     (n, k), size = w.shape, min(grid.groupsize, w.shape[1])
     # One row per group, the last one of a row of w filled up: [N G, g].
     groups = F.pad(w, (0, -k % size)).view(-1, size)

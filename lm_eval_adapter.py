@@ -219,6 +219,7 @@ class FlatllamaLM(TemplateLM):
                 start += 1
             else:
                 take(token)
+            engine.check_keys([position - 1 for position in start.tolist()])
         texts = [text + stream.finish() for text, stream in zip(texts, streams, strict=True)]
         return [min((t.split(stop)[0] for stop in until), key=len) for t in texts]
 

@@ -57,7 +57,7 @@ class Algorithm:
 ALGORITHMS = {
     "": Algorithm(round_to_nearest, False, "round to nearest"),
     "hqq": Algorithm(hqq.hqq, False, "HQQ: zero points refitted, large errors forgiven",
-                     refuse=hqq.refuse),
+                     check=hqq.check, refuse=hqq.refuse),
     "gptq": Algorithm(gptq.gptq, True, "GPTQ: errors fed forward through the inverse Hessian",
                       ("percdamp", "clip_steps", "act_order", "refinements"), gptq.check),
     "awq": Algorithm(awq.awq, True, "AWQ: columns of large inputs scaled up, ranges clipped",

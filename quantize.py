@@ -143,7 +143,7 @@ def places_of_linears(model: nn.Module, skip: Callable[[str], bool]) -> dict[str
 def unfit(linear: nn.Linear) -> str | None:
     """Why a layer cannot be quantized; None if it can."""
     if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "is of nn.MultiheadAttention, which reads the weight itself: skip it"
+        return "is of nn.MultiheadAttention, which like its owners reads weights itself: skip them"
     if isinstance(linear.weight, nn.parameter.UninitializedParameter) or linear.weight.is_meta:
         return "has no weights yet"
     if linear.weight.dtype not in FLOAT_MODES.values():
@@ -158,7 +158,7 @@ def _collect(
     stats = {n: InputStatistics.empty(m.in_features, m.weight.device) for n, m in linears.items()}
     hooks = [
         m.register_forward_pre_hook(
-            lambda _, args, named, s=stats[n]: s.add(args[0] if args else named["input"]),
+            lambda _, args, named, s=stats[n]: s.add([*args, *named.values()][0]),
             with_kwargs=True,
         )
         for n, m in linears.items()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
+from graphs import one_graph
 from kernels.linear import FEW_ROWS
 from model import Transformer
 
@@ -45,7 +46,7 @@ class Scorer:
         self.model, self.own_cache = model, model.setup_cache(batch, self.slots, kv_cache)
         if batch * self.chunk <= FEW_ROWS:
             model.fuse()
-        self.forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+        self.forward = one_graph(model, None) if compiled else model
 
     def logits(self, tokens: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Chunks of the logits after each of tokens [b, T] int64, b <= batch, T <= length.

@@ -189,6 +189,9 @@ def test_requests_that_do_not_fit_are_refused(tmp_path):
         engine.generate([[1] * 60], 5)
     with pytest.raises(UserError, match="empty prompt"):
         engine.generate([[]], 5)
+    for tokens in ([0, -1], [199, 3], [5] * 40 + [-7]):
+        with pytest.raises(UserError, match="for a vocabulary of 199"):
+            engine.generate([tokens], 5)
     with pytest.raises(UserError, match="context is 1024"):
         Engine(model, GREEDY, length=1025)
     with pytest.raises(ValueError, match="compile_mode"):

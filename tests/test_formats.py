@@ -349,6 +349,16 @@ def test_group_of_no_whole_words_uses_the_reference():
     assert module.tiles is None and module(torch.randn(1, 60)).shape == (1, 16)
 
 
+@pytest.mark.parametrize("rows", [1, 20, 100])
+def test_a_table_of_halves_is_none_of_integers(rows):
+    module = unlisted(Halves, 18, 320, torch.bfloat16)
+    x, weight = torch.randn(rows, 320).bfloat16(), module.dequantize().double()
+    want = x.double() @ weight.t() + module.bias.double()
+    module.repack()
+    assert native.load() is (module.tiles is not None)
+    assert (module(x) - want).norm() / want.norm() < 0.01
+
+
 # Hand-worked cases of the schemes.
 
 
@@ -359,6 +369,15 @@ class Codebook3(CodedLinear):
 
     def table(self):
         return torch.tensor([-1.0, -0.6, -0.3, -0.1, 0.1, 0.3, 0.7, 1.0])
+
+
+class Halves(CodedLinear):
+    """A table of neighbours, one apart, that are no integers."""
+
+    name, bits, default_groupsize = "halves", 4, 64
+
+    def table(self):
+        return torch.arange(16.0) - 7.5
 
 
 class Uint8(uint.UintLinear):
@@ -393,7 +412,7 @@ def test_format_without_a_product_runs(cls, capsys):
 @pytest.mark.parametrize("name", ["fpx-5-1", "fpx-5-2", "fp6", "float8"])
 @pytest.mark.parametrize("size", [1e-3, 1e-2, 1.0, 1e4])
 def test_small_floats_of_fp16_models(name, size):
-    """Scales that fp16 holds only roughly, or not at all, cost no more than rounding does."""
+    """Scales of such weights that fp16 would hold only roughly cost no more than rounding does."""
     w = torch.rand(16, 512, generator=torch.Generator().manual_seed(0)) * 2 * size - size
     errors = []
     for dtype in (torch.float32, torch.float16):
@@ -410,7 +429,9 @@ def test_a_single_row_of_columns_first(name):
     linear, x = torch.nn.Linear(64, 1, bias=False), torch.randn(3, 64)
     layer = quantize_linear(linear, parse_mode(name))
     expected = x @ layer.dequantize().t()
-    layer.weight = layer.weight.t().contiguous().t()
+    weight = layer.weight.as_strided((1, 64), (1, 1))
+    assert weight.is_contiguous() and torch.equal(weight.float(), layer.weight.float())
+    layer.weight = weight
     layer.repack()
     assert (layer(x) - expected).norm() < 0.1 * expected.norm()
 

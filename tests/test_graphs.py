@@ -6,8 +6,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+import graphs
+from config import CONFIGS
 from engine import aligned_rows
 from graphs import Captured, release_graphs
+from random_weights import random_model
+from scorer import Scorer
 
 
 class Graph:
@@ -74,3 +78,21 @@ def test_rows_lie_where_compiled_code_wants_them(dtype, batch):
     aligned = aligned_rows(rows)
     torch.testing.assert_close(aligned, rows, rtol=0, atol=0)
     assert all(row.data_ptr() % 16 == 0 and row.is_contiguous() for row in aligned)
+
+
+def test_compiled_code_of_other_operators_is_not_taken():
+    """The key of torch's cache on disk tells signatures apart, for steps and for evaluation."""
+    settings, before = torch.compiler.config, graphs.operators_tag()
+    library = torch.library.Library("flatllama", "FRAGMENT")
+    library.define("of_this_test(Tensor x) -> Tensor")
+    assert graphs.operators_tag() != before
+    model = random_model(CONFIGS["tiny"], None, "cpu", torch.float32)
+    for compiled in (
+        lambda: graphs.one_graph(lambda x: x, None),
+        lambda: Scorer(model, 1, 8, compiled=True),
+    ):
+        with settings.patch(cache_key_tag="a user's"):
+            compiled()
+            assert settings.cache_key_tag == "a user's" + graphs.operators_tag()
+            compiled()
+            assert settings.cache_key_tag.count(graphs.operators_tag()) == 1

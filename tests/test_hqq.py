@@ -42,6 +42,9 @@ def test_no_group_is_worse_than_rounded(columns, groupsize, make):
 
 def test_only_the_zero_moves():
     w, grid = heavy_tailed(8, 128), Int4Grid(64)
+    for option in ("ranges", "steps"):
+        with pytest.raises(UserError, match="HQQ needs"):
+            hqq(w, grid, **{option: 0})
     _, params = hqq(w, grid, ranges=1)
     start = grid.fit(w)
     assert torch.equal(params["scales"], start["scales"])

@@ -333,6 +333,16 @@ def test_outputs_never_replace_inputs_or_each_other(tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists() and (tmp_path / "fifo").is_fifo()
 
 
+def test_samples_are_no_longer_than_the_context(tmp_path, monkeypatch):
+    directory, _ = save_tiny(tmp_path, torch.bfloat16, max_position_embeddings=96)
+    asked = ["quantize.py", "--mode", "int8dq-smooth", "--checkpoint_path", str(directory)]
+    asked += ["--calibration", "self", "--calibration_samples", "2"]
+    monkeypatch.setattr(sys, "argv", asked)
+    quantize.main()
+    header = open_checkpoint(tmp_path / "model_int8dq-smooth.safetensors").header
+    assert header["algorithm"]["seq_length"] == 96
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     directory, _ = save_tiny(tmp_path, torch.bfloat16)
     before = sorted(tmp_path.iterdir())

@@ -64,6 +64,8 @@ def test_the_estimate_is_the_real_error():
     w, x, stats = problem()
     stats.sample = x
     grid = make_grid(parse_mode("int8dq"), 96, torch.float32)
+    with pytest.raises(UserError, match="takes 0 to 1"):
+        smoothquant(w, grid, stats, alpha=3.0)
     codes, params = smoothquant(w, grid, stats, alpha=0.5)
     scale = params.pop("input_scale")
     estimate = output_error(w, grid.decode_all(codes, params), scale, grid, stats)

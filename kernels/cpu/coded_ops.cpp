@@ -58,7 +58,7 @@ Coded describe_coded(const Linear& product, const Tensor& tiles, const Tensor& s
   const auto* values =
       static_cast<const float*>(data(table, at::kFloat, int64_t(1) << bits, "table"));
   for (int i = 0; i < 32; i++) c.table[i] = values[i % (1 << bits)];
-  c.integers = bits < 8 && !positions && !exponent_bits;
+  c.integers = bits < 8 && !positions && !exponent_bits && values[0] == std::nearbyint(values[0]);
   for (int i = 0; i < 1 << bits; i++) c.integers &= values[i] == values[0] + float(i);
   TORCH_CHECK_VALUE(c.integers || exponent_bits || bits == 4, "a free table has 16 values");
   set_bytes(c, values);
