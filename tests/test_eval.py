@@ -12,6 +12,7 @@ from tiny_text import VOCABULARY, save_tiny_with_tokenizer
 
 import eval as evaluation
 from checkpoint import load_model, open_checkpoint
+from engine import Engine
 from errors import UserError
 from eval import perplexity
 from quantize import quantize_
@@ -296,6 +297,28 @@ def test_tasks_against_hflm(tiny, tasks, offline, bos):
         for key, value in runs[0]["results"][name].items():
             if isinstance(value, float):
                 assert value == pytest.approx(runs[1]["results"][name][key], rel=1e-3), key
+
+
+def test_continuations_of_no_numbers_are_refused(tiny, tasks, monkeypatch):
+    """NaN that comes after the prompt."""
+    from lm_eval.api.instance import Instance
+
+    from lm_eval_adapter import FlatllamaLM
+
+    prefill = Engine.prefill
+
+    def spoiled(engine, *args):
+        logits = prefill(engine, *args)
+        engine.model.layers[0].attention_norm.weight.data.fill_(float("nan"))
+        return logits
+
+    lm = FlatllamaLM(model_of(tiny), load_tokenizer(tiny[0]), batch=2, max_length=100)
+    settings = {"until": ["never"], "max_gen_toks": 9}
+    request = Instance("generate_until", {}, ("a text", settings), 0)
+    lm.generate_until([request], disable_tqdm=True)
+    monkeypatch.setattr(Engine, "prefill", spoiled)
+    with pytest.raises(UserError, match="no numbers"):
+        lm.generate_until([request], disable_tqdm=True)
 
 
 def same_responses(a, b) -> bool:

@@ -319,3 +319,10 @@ def test_bad_prompt_files(run, tiny, tmp_path, content, message):
 def test_speculation_and_batches_that_do_not_go_together(run, tiny, args, message):
     code, _, err = run("--checkpoint_path", tiny, "--prompt", 5, *args)
     assert code == 2 and message in err.strip().splitlines()[-1]
+
+
+def test_a_draft_has_a_checkpoint_though_the_model_has_none(run, tiny):
+    """It is loaded, and then has another vocabulary."""
+    flags = ["--random_weights", "tiny", "--prompt", 5, "--draft_checkpoint_path", tiny]
+    code, _, err = run(*flags)
+    assert code == 2 and "cannot speculate together" in err
